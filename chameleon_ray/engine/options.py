@@ -1,0 +1,99 @@
+"""vLLM's server arguments and process environment, built from the configuration.
+
+The arguments come from vLLM's own parser, so that every default is vLLM's and every name in ``engine.vllm_args`` can be
+checked; what the configuration names itself is set on top.
+"""
+
+import os
+from argparse import Namespace
+from typing import Any, get_args
+
+from vllm.config.lora import MaxLoRARanks
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.platforms import current_platform
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from chameleon_ray.config import AppConfig, ConfigError, EngineConfig
+
+GIB = 2**30
+RESIDENCY_EXTENSION = "chameleon_ray.engine.residency.AdapterResidency"
+
+
+def resolve_device(engine: EngineConfig) -> str:
+    """``cpu`` or ``cuda``. Raises ConfigError when the installed vLLM cannot run on the device asked for."""
+    installed = "cpu" if current_platform.is_cpu() else "cuda"
+    if engine.device not in ("auto", installed):
+        raise ConfigError(
+            f"engine.device is {engine.device!r}, but the installed vLLM is built for {installed!r}; "
+            "install chameleon-ray[gpu] on machines with a GPU and requirements/cpu.txt elsewhere"
+        )
+    return installed
+
+
+def server_args(config: AppConfig) -> Namespace:
+    """The argument namespace that ``vllm serve`` would have parsed. Raises ConfigError for an unknown vLLM option."""
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    for name, value in (_own_arguments(config) | _checked(args, config.engine.vllm_args)).items():
+        setattr(args, name, value)
+    try:
+        validate_parsed_serve_args(args)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"engine.vllm_args: {error}") from None
+    return args
+
+
+def set_cpu_environment(engine: EngineConfig) -> None:
+    """Bound the compute threads of a CPU engine; must run before vLLM is imported.
+
+    vLLM binds every engine's threads from core 0 upwards, so that several engines on one machine fight for the same
+    cores: with a thread count given, binding is left to the operating system.
+    """
+    if engine.cpu_threads is not None and engine.tensor_parallel_size == 1:
+        os.environ["OMP_NUM_THREADS"] = str(engine.cpu_threads)
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+
+
+def lora_rank_bound(max_rank: int) -> int:
+    """The smallest slot rank that vLLM knows and that holds ``max_rank``. Raises ConfigError above its largest."""
+    known = sorted(get_args(MaxLoRARanks))
+    for rank in known:
+        if rank >= max_rank:
+            return int(rank)
+    raise ConfigError(f"adapters.max_rank is {max_rank}, but vLLM's adapter slots go up to rank {known[-1]}")
+
+
+def _own_arguments(config: AppConfig) -> dict[str, Any]:
+    engine, model = config.engine, config.model
+    arguments: dict[str, Any] = {
+        "model": model.source,
+        "served_model_name": [model.served_name],
+        "dtype": engine.dtype,
+        "seed": engine.seed,
+        "max_model_len": engine.max_model_len,
+        "max_num_seqs": engine.max_num_seqs,
+        "max_num_batched_tokens": engine.max_num_batched_tokens,
+        "gpu_memory_utilization": engine.gpu_memory_utilization,
+        "tensor_parallel_size": engine.tensor_parallel_size,
+        "enable_prefix_caching": engine.enable_prefix_caching,
+        "enforce_eager": engine.enforce_eager,
+        "enable_lora": True,
+        "max_loras": engine.max_loras,
+        "max_cpu_loras": engine.max_cpu_loras,
+        "max_lora_rank": lora_rank_bound(config.adapters.max_rank),
+        "worker_extension_cls": RESIDENCY_EXTENSION,
+        "enable_log_requests": False,
+        "disable_fastapi_docs": True,
+    }
+    kv_cache_gib = engine.kv_cache_gib
+    if kv_cache_gib is None and resolve_device(engine) == "cpu":
+        kv_cache_gib = 1.0  # vLLM's own default takes a share of all host memory, for every engine on the machine
+    if kv_cache_gib is not None:
+        arguments["kv_cache_memory_bytes"] = int(kv_cache_gib * GIB)
+    return arguments
+
+
+def _checked(args: Namespace, extra: dict[str, Any]) -> dict[str, Any]:
+    for name in extra:
+        if not hasattr(args, name):
+            raise ConfigError(f"engine.vllm_args: vLLM has no option {name!r}; use the Python name, such as tool_call_parser")
+    return extra

@@ -1,0 +1,10 @@
+"""What vLLM's stock LoRA slots hold, asked of the worker (a vLLM ``worker_extension_cls``)."""
+
+
+class AdapterResidency:
+    """Mixed into vLLM's worker; called through ``AsyncLLM.collective_rpc``."""
+
+    def adapter_residency(self) -> tuple[list[int], list[int]]:
+        """LoRA ids in GPU slots and LoRA ids in host memory, each least recently used first."""
+        manager = self.model_runner.lora_manager._adapter_manager  # type: ignore[attr-defined]
+        return list(manager._active_adapters), list(manager._registered_adapters)

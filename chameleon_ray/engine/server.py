@@ -1,0 +1,192 @@
+"""One vLLM engine with vLLM's own OpenAI serving layer on top, driven in process.
+
+Importing this module imports vLLM: only processes that run an engine should.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.lora.request import LoRARequest
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from chameleon_ray.adapters.record import AdapterRecord
+from chameleon_ray.config import AppConfig
+from chameleon_ray.engine.asgi import AsgiCall
+from chameleon_ray.engine.options import GIB, server_args
+from chameleon_ray.engine.stats import LoadStats, RequestRates
+from chameleon_ray.policy.adapter import Tier
+from chameleon_ray.policy.routing import ReplicaLoad
+
+
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """The adapter of the request being served: the name the client used, and what vLLM knows it by."""
+
+    model: str
+    adapter: str
+    lora: LoRARequest
+
+
+_served: ContextVar[_Served | None] = ContextVar("served_adapter", default=None)
+
+
+class _RequestAdapters(Mapping[str, LoRARequest]):
+    """What vLLM's serving layer takes for its table of adapters: the one of the request at hand.
+
+    Each request carries the version of its adapter that the ingress resolved. A table shared by all requests would let
+    a replacement under the same name change the weights of a request that has already begun.
+    """
+
+    def __getitem__(self, model: str) -> LoRARequest:
+        served = _served.get()
+        if served is None or served.model != model:
+            raise KeyError(model)
+        return served.lora
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+class EngineServer:
+    """Owns the engine of one replica. Create with ``await EngineServer.start(config)``."""
+
+    def __init__(self, config: AppConfig, engine: AsyncLLM, app: Any, stats: LoadStats):
+        self._config = config
+        self._engine = engine
+        self._app = app
+        self._stats = stats
+        self._rates = RequestRates()
+        self._lora_ids: dict[str, int] = {}
+        self._digests: dict[int, AdapterRecord] = {}
+        self._next_id = count(1)
+        self._accepted: set[str] = set()
+        self._tiers: dict[str, Tier] = {}
+        self._gpu_order: list[AdapterRecord] = []
+
+    @classmethod
+    async def start(
+        cls, config: AppConfig, stat_loggers: tuple[type[StatLoggerBase], ...] = ()
+    ) -> "EngineServer":
+        """Start the engine and its serving layer; returns when it can take requests."""
+        args = server_args(config)
+        vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
+        made: list[LoadStats] = []
+
+        def load_stats(config: Any, engine_index: int = 0) -> LoadStats:
+            made.append(LoadStats(config, engine_index))
+            return made[-1]
+
+        engine = AsyncLLM.from_vllm_config(
+            vllm_config, usage_context=UsageContext.OPENAI_API_SERVER, stat_loggers=[load_stats, *stat_loggers]
+        )
+        try:
+            tasks = await engine.get_supported_tasks()
+            app = build_app(args, tasks, engine.model_config)
+            await init_app_state(engine, app.state, args, tasks)
+            models = app.state.openai_serving_models
+            models.lora_requests = _RequestAdapters()
+            base_name = models.model_name
+            models.model_name = lambda lora=None: base_name() if lora is None else _display_name(lora)
+            return cls(config, engine, app, made[0])
+        except BaseException:
+            engine.shutdown()
+            raise
+
+    def call(self, path: str, body: bytes, model: str, record: AdapterRecord | None, folder: Path | None) -> AsgiCall:
+        """A whole OpenAI request: ``path`` and JSON ``body`` as the client sent them.
+
+        model: the request's ``model``, as the client wrote it. record, folder: its adapter and where its files lie;
+        None for the base model. The caller keeps the files in place until the call has ended.
+        """
+        if record is None or folder is None:
+            _served.set(None)
+        else:
+            self._rates.record(record.digest, time.monotonic())
+            _served.set(_Served(model, record.name, self._lora_request(record, folder)))
+        return AsgiCall(self._app, path, body)
+
+    async def accept(self, record: AdapterRecord, folder: Path) -> None:
+        """Have the engine load the adapter once by itself, before any request uses it.
+
+        A load that fails inside a batch would end vLLM's engine (vLLM 11702); here it fails alone. Raises ValueError
+        with vLLM's reason.
+        """
+        if record.digest in self._accepted:
+            return
+        try:
+            await self._engine.add_lora(self._lora_request(record, folder))
+        except Exception as error:
+            await self._engine.check_health()
+            raise ValueError(f"vLLM cannot load adapter {record.name!r}: {error}") from error
+        self._accepted.add(record.digest)
+
+    async def refresh_residency(self) -> None:
+        """Ask the engine's worker what its slots hold."""
+        answers = await self._engine.collective_rpc("adapter_residency")
+        gpu_ids, host_ids = answers[0]
+        self._gpu_order = [self._digests[lora_id] for lora_id in gpu_ids if lora_id in self._digests]
+        tiers = {digest: Tier.DISK for digest in self._accepted}
+        tiers |= {self._digests[lora_id].digest: Tier.HOST for lora_id in host_ids if lora_id in self._digests}
+        tiers |= {record.digest: Tier.GPU for record in self._gpu_order}
+        self._tiers = tiers
+
+    @property
+    def tiers(self) -> Mapping[str, Tier]:
+        """Adapter digest -> where this engine holds it, as of the last ``refresh_residency``."""
+        return self._tiers
+
+    def load(self) -> ReplicaLoad:
+        """The engine's current load."""
+        return self._stats.load(self._eviction_cost_s())
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that the engine has and has not finished."""
+        return self._engine.get_num_unfinished_requests()
+
+    async def check_health(self) -> None:
+        """Raises when the engine is dead."""
+        await self._engine.check_health()
+
+    def shutdown(self) -> None:
+        """Stop the engine's processes."""
+        self._engine.shutdown()
+
+    def _lora_request(self, record: AdapterRecord, folder: Path) -> LoRARequest:
+        lora_id = self._lora_ids.get(record.digest)
+        if lora_id is None:
+            lora_id = self._lora_ids[record.digest] = next(self._next_id)
+            self._digests[lora_id] = record
+        return LoRARequest(lora_name=f"{record.name}@{record.digest[:16]}", lora_int_id=lora_id, lora_path=str(folder))
+
+    def _eviction_cost_s(self) -> float:
+        """Seconds of reloading that taking the next slot costs per second of waiting customers: the victim's rate
+        within the window times its load time; 0 while a slot is free."""
+        if len(self._gpu_order) < self._config.engine.max_loras:
+            return 0.0
+        router, now_s = self._config.router, time.monotonic()
+        return min(
+            min(1.0, self._rates.per_second(record.digest, now_s))
+            * (router.load_overhead_s + record.size_bytes / (router.host_load_gib_s * GIB))
+            for record in self._gpu_order
+        )
+
+
+def _display_name(lora: LoRARequest) -> str:
+    served = _served.get()
+    if served is not None and served.lora.lora_int_id == lora.lora_int_id:
+        return served.adapter
+    return lora.lora_name.rpartition("@")[0]

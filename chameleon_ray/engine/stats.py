@@ -1,0 +1,80 @@
+"""A replica's load as its engine reports it, in the terms the router ranks by."""
+
+from collections import deque
+
+from vllm.config import VllmConfig
+from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
+
+from chameleon_ray.policy.routing import ReplicaLoad
+
+SMOOTHING = 0.1
+"""Weight of the newest request in the running means: about the last 20 requests count."""
+
+
+class LoadStats(StatLoggerBase):
+    """A vLLM stat logger that keeps the current queue state and running means of recent requests."""
+
+    def __init__(self, vllm_config: VllmConfig, engine_index: int = 0):
+        self.num_running = 0
+        self.num_waiting = 0
+        self.max_running = vllm_config.scheduler_config.max_num_seqs
+        self.service_s = 0.0
+        self.ttft_s = 0.0
+
+    def record(
+        self,
+        scheduler_stats: SchedulerStats | None,
+        iteration_stats: IterationStats | None,
+        mm_cache_stats: MultiModalCacheStats | None = None,
+        engine_idx: int = 0,
+    ) -> None:
+        if scheduler_stats is not None:
+            self.num_running = scheduler_stats.num_running_reqs
+            self.num_waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
+        for request in iteration_stats.finished_requests if iteration_stats is not None else ():
+            self.service_s = _mean(self.service_s, request.inference_time)
+            self.ttft_s = _mean(self.ttft_s, request.prefill_time)
+
+    def log_engine_initialized(self) -> None:
+        pass
+
+    def load(self, eviction_cost_s: float) -> ReplicaLoad:
+        """The load as of the last engine step."""
+        return ReplicaLoad(
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            max_running=self.max_running,
+            service_s=self.service_s,
+            ttft_s=self.ttft_s,
+            eviction_cost_s=eviction_cost_s,
+        )
+
+
+class RequestRates:
+    """How often each adapter was asked for within a sliding window; times in seconds of any one clock."""
+
+    def __init__(self, window_s: float = 60.0):
+        self._window_s = window_s
+        self._arrivals: dict[str, deque[float]] = {}
+
+    def record(self, digest: str, now_s: float) -> None:
+        """One request for the adapter."""
+        arrivals = self._arrivals.setdefault(digest, deque(maxlen=1000))
+        arrivals.append(now_s)
+
+    def per_second(self, digest: str, now_s: float) -> float:
+        """Requests per second over the window."""
+        arrivals = self._arrivals.get(digest)
+        if not arrivals:
+            return 0.0
+        while arrivals and arrivals[0] < now_s - self._window_s:
+            arrivals.popleft()
+        if not arrivals:
+            del self._arrivals[digest]
+            return 0.0
+        return len(arrivals) / self._window_s
+
+
+def _mean(mean: float, value: float) -> float:
+    return value if mean == 0.0 else mean + SMOOTHING * (value - mean)
