@@ -1,8 +1,48 @@
-"""Which replica should serve a request: ranking by expected time to first token."""
+"""Which replica should serve a request: ranking by expected time to first token (TTFT).
 
-from dataclasses import dataclass
+The rules, in order:
 
-from chameleon_ray.policy.adapter import Tier
+1. A replica's expected TTFT is prefill + queueing delay + loading the adapter from the tier the replica holds it at +
+   the cost of evicting something for it, if it has to load and has no room (`_Cluster.queueing_s`, `_load_times_s`).
+2. Every adapter has an order of preference over the replicas: higher tier first, then rendezvous order
+   (`rendezvous_weight`). Its first place is stable, so requests for an adapter meet at one replica.
+3. The first choice is the most preferred replica among those that are nearly as good as the best: within the share
+   `LoadCosts.hysteresis`, or within `MIN_GAIN_S`. An adapter so spreads to its second place when waiting at the first
+   costs clearly more than loading at the second, and comes back when that ends.
+
+Nothing is remembered between decisions: routers in several processes agree as far as their hints do, and small
+differences between the hints stay inside the hysteresis. One decision takes time linear in the number of replicas.
+"""
+
+import hashlib
+import heapq
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from chameleon_ray.policy.adapter import Adapter, Tier
+
+Reason = Literal["resident", "host", "cold", "overload", "no_hint", "base"]
+"""Why the first choice was made.
+
+resident, host: it holds the adapter in GPU or host memory.
+cold: nobody does (nobody nearly as good); it is the adapter's home.
+overload: a replica that holds the adapter at a higher tier, or its home, would have answered clearly later.
+no_hint: nothing is known of any replica; chosen by this router's own requests in flight, the adapter's home first.
+base: the request is for the base model.
+"""
+
+MIN_GAIN_S = 0.005
+"""A difference in expected TTFT below this never moves an adapter."""
+
+NUM_RANKED = 8
+"""How many replicas a decision names: enough alternatives when some are full or have just died."""
+
+UNKNOWN_TTFT_S = 0.05
+UNKNOWN_SERVICE_S = 1.0
+UNKNOWN_MAX_RUNNING = 16.0
+"""Stand-ins while no replica has reported the real value; they set how soon a router without hints leaves a home."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +54,8 @@ class ReplicaLoad:
     service_s: mean seconds from a request's admission to its end, over recent requests; 0 when unknown.
     ttft_s: mean seconds to first token of recent requests that neither queued nor loaded; 0 when unknown.
     eviction_cost_s: expected seconds that making room for one more adapter costs later requests (0 with free room).
+
+    Raises ValueError for a value that is negative or not finite, or a ``max_running`` below 1.
     """
 
     num_running: int = 0
@@ -22,6 +64,15 @@ class ReplicaLoad:
     service_s: float = 0.0
     ttft_s: float = 0.0
     eviction_cost_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            lowest = 1 if field.name == "max_running" else 0
+            value = getattr(self, field.name)
+            if not lowest <= value < math.inf:
+                raise ValueError(
+                    f"{field.name} of a replica's load is {value!r}: report a finite number from {lowest} up"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,3 +90,192 @@ class ReplicaView:
     in_flight: int
     load: ReplicaLoad | None = None
     report_in_flight: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LoadCosts:
+    """What loading an adapter is assumed to cost, and what a move must gain.
+
+    host_bytes_s, disk_bytes_s, source_bytes_s: bandwidth host to GPU, disk to host, source to disk, in bytes/s.
+    overhead_s: fixed cost of any load.
+    hysteresis: an adapter leaves its preferred replica only if that one is worse than the best by more than this share.
+
+    Raises ValueError for a bandwidth that is not positive, or a negative overhead or hysteresis.
+    """
+
+    host_bytes_s: float
+    disk_bytes_s: float
+    source_bytes_s: float
+    overhead_s: float
+    hysteresis: float
+
+    def __post_init__(self) -> None:
+        for name in ("host_bytes_s", "disk_bytes_s", "source_bytes_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: a bandwidth is positive")
+        for name in ("overhead_s", "hysteresis"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: it cannot be negative")
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Where to send a request, best first.
+
+    replica_ids: up to NUM_RANKED replicas; the rest is for when all of these refuse.
+    reason: why the first is first.
+    tier: where the first holds the adapter, as far as the router knows (``Tier.GPU`` for the base model).
+    expected_ttft_s: what was expected of the first; relative to its alternatives it means more than in seconds.
+    """
+
+    replica_ids: tuple[str, ...]
+    reason: Reason
+    tier: Tier
+    expected_ttft_s: float
+
+
+def rank_replicas(
+    adapter: Adapter | None, replicas: Sequence[ReplicaView], costs: LoadCosts, request_key: str = ""
+) -> Decision:
+    """The replicas for one request, best first, by the rules at the top of this file.
+
+    adapter: what the request needs; None for the base model, which goes to the least expected TTFT.
+    request_key: anything that differs between requests; rotates base-model requests over equally good replicas.
+
+    The order of ``replicas`` does not matter. Raises ValueError when there is none.
+    """
+    if not replicas:
+        raise ValueError("no replica to choose from: wait for one to come up before routing")
+    cluster = _Cluster.of(replicas)
+    if adapter is None:
+        return _rank_for_base(replicas, cluster, request_key)
+    # Without any hint a load costs the same everywhere: counting it would only blunt the balance by load.
+    load_times_s = _load_times_s(adapter, costs) if cluster.has_hints else (0.0,) * len(Tier)
+    expected_s = {}
+    for view in replicas:
+        ttft_s = cluster.queueing_s(view) + load_times_s[view.tier]
+        if view.load is not None and view.tier < Tier.GPU:
+            ttft_s += view.load.eviction_cost_s
+        expected_s[view.replica_id] = cluster.ttft_s + ttft_s
+
+    best_s = min(expected_s.values())
+    bound_s = max(best_s * (1 + costs.hysteresis), best_s + MIN_GAIN_S)
+    good = [view for view in replicas if expected_s[view.replica_id] <= bound_s]
+    worse = [view for view in replicas if expected_s[view.replica_id] > bound_s]
+    preference = _preference(adapter)
+    ranked = heapq.nsmallest(NUM_RANKED, good, key=preference)
+    first = ranked[0]
+    if len(ranked) < NUM_RANKED:
+        ranked += _soonest(NUM_RANKED - len(ranked), worse, expected_s, adapter.digest)
+    return Decision(
+        replica_ids=tuple(view.replica_id for view in ranked),
+        reason=_reason(first, worse, preference) if cluster.has_hints else "no_hint",
+        tier=first.tier,
+        expected_ttft_s=expected_s[first.replica_id],
+    )
+
+
+def rendezvous_weight(key: str, replica_id: str) -> int:
+    """The 64-bit weight of a replica for a key; the highest weight is the key's home (highest random weight hashing).
+
+    Adding a replica moves only the keys whose home it becomes, one in the new number of replicas; removing one moves
+    only its own. Source: Thaler and Ravishankar, "Using name-based mappings to increase hit rates", 1998.
+    """
+    digest = hashlib.blake2b(f"{key}\0{replica_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
+@dataclass(frozen=True, slots=True)
+class _Cluster:
+    """What the replicas' reports say taken together: means over those that reported a value, else the stand-ins.
+
+    The prefill time of a request depends on the request, not on what a replica happened to serve before it: so one
+    ``ttft_s`` counts for all replicas.
+    """
+
+    has_hints: bool
+    ttft_s: float
+    service_s: float
+    max_running: float
+
+    @staticmethod
+    def of(replicas: Iterable[ReplicaView]) -> "_Cluster":
+        loads = [view.load for view in replicas if view.load is not None]
+        return _Cluster(
+            has_hints=bool(loads) or any(view.tier > Tier.ABSENT for view in replicas),
+            ttft_s=_mean([load.ttft_s for load in loads if load.ttft_s > 0], UNKNOWN_TTFT_S),
+            service_s=_mean([load.service_s for load in loads if load.service_s > 0], UNKNOWN_SERVICE_S),
+            max_running=_mean([load.max_running for load in loads], UNKNOWN_MAX_RUNNING),
+        )
+
+    def queueing_s(self, view: ReplicaView) -> float:
+        """The delay from other requests at a replica; grows with each of them.
+
+        n: requests there, as last reported, and those that this router has sent since. m: requests that run at once.
+        Up to m, requests share the steps that do the prefill: delay = ttft * n / m. Beyond, a request waits until
+        n - m + 1 others have ended, of which m end per service time: another service * (n - m + 1) / m. An engine can
+        be full before m requests run (out of KV blocks): those it reports as waiting count as that excess at least.
+        """
+        load = view.load
+        if load is None:
+            num_requests, num_waiting = view.in_flight, 0
+            max_running, service_s = self.max_running, self.service_s
+        else:
+            sent_since = max(0, view.in_flight - view.report_in_flight)
+            num_waiting = load.num_waiting
+            num_requests = load.num_running + num_waiting + sent_since
+            max_running, service_s = load.max_running, load.service_s or self.service_s
+        delay_s = self.ttft_s * num_requests / max_running if num_requests < max_running else self.ttft_s
+        num_excess = max(num_requests - max_running + 1, num_waiting)
+        return delay_s + service_s * num_excess / max_running if num_excess > 0 else delay_s
+
+
+def _mean(values: Sequence[float], otherwise: float) -> float:
+    return math.fsum(values) / len(values) if values else otherwise
+
+
+def _load_times_s(adapter: Adapter, costs: LoadCosts) -> tuple[float, ...]:
+    """Seconds to get the adapter into GPU memory, indexed by the tier that holds it; a load passes every tier above."""
+    host_s = costs.overhead_s + adapter.size_bytes / costs.host_bytes_s
+    disk_s = host_s + adapter.size_bytes / costs.disk_bytes_s
+    absent_s = disk_s + adapter.size_bytes / costs.source_bytes_s
+    return absent_s, disk_s, host_s, 0.0
+
+
+def _preference(adapter: Adapter) -> Callable[[ReplicaView], tuple[int, int, str]]:
+    """The sort key of an adapter's order of preference over replicas."""
+    return lambda view: (-view.tier, -rendezvous_weight(adapter.digest, view.replica_id), view.replica_id)
+
+
+def _soonest(
+    count: int, replicas: Iterable[ReplicaView], expected_s: dict[str, float], tie_key: str
+) -> list[ReplicaView]:
+    def order(view: ReplicaView) -> tuple[float, int, str]:
+        return expected_s[view.replica_id], -rendezvous_weight(tie_key, view.replica_id), view.replica_id
+
+    return heapq.nsmallest(count, replicas, key=order)
+
+
+def _rank_for_base(replicas: Sequence[ReplicaView], cluster: _Cluster, request_key: str) -> Decision:
+    expected_s = {view.replica_id: cluster.ttft_s + cluster.queueing_s(view) for view in replicas}
+    ranked = _soonest(NUM_RANKED, replicas, expected_s, request_key)
+    return Decision(
+        replica_ids=tuple(view.replica_id for view in ranked),
+        reason="base",
+        tier=Tier.GPU,
+        expected_ttft_s=expected_s[ranked[0].replica_id],
+    )
+
+
+def _reason(
+    first: ReplicaView, worse: Iterable[ReplicaView], preference: Callable[[ReplicaView], tuple[int, int, str]]
+) -> Reason:
+    """Why ``first`` is first, of an adapter that some replica reports on. ``worse``: those that hysteresis let go."""
+    if any(view.tier > first.tier for view in worse):
+        return "overload"
+    if first.tier == Tier.GPU:
+        return "resident"
+    if first.tier == Tier.HOST:
+        return "host"
+    place = preference(first)
+    return "overload" if any(preference(view) < place for view in worse) else "cold"
