@@ -1,0 +1,320 @@
+"""How large a request is, which sizes queue together, and how many tokens each queue may hold (paper: Scheduler).
+
+Three independent steps, each a pure function, and the window of recent traffic that feeds them:
+``weighted_size`` (WRS) -> ``cluster`` (K queues and their cut-offs) -> ``token_quotas``.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil
+from typing import Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chameleon_ray.policy.adapter import Adapter
+
+Floats = NDArray[np.float64]
+_Number = TypeVar("_Number", float, Floats)
+
+_MAX_BREAKS = 128
+"""Places between two sizes that clustering considers: exact up to so many distinct sizes, else at quantiles."""
+_SLO_DURATIONS = 5.0
+"""The paper's SLO: five times the mean duration of a request."""
+_RATE_WEIGHT = 0.05
+"""Weight of the latest request in the moving mean of seconds per output token."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedRequest:
+    """What queues know of a request.
+
+    num_predicted_tokens: predicted output length (see ``lengths.py``).
+    adapter: None for the base model.
+    priority: the client's, as in vLLM: a lower value goes earlier.
+    """
+
+    request_id: str
+    num_prompt_tokens: int
+    num_predicted_tokens: int
+    adapter: Adapter | None = None
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SizingOptions:
+    """Weights and maxima of the weighted request size.
+
+    kv_token_bytes: KV-cache bytes of one token; turns adapter bytes into tokens.
+    form: ``product`` is the paper's WRS, ``sum`` its degree-1 variant with three terms.
+    adapter_weight: weight of the adapter term in ``sum`` (the product has none).
+    max_input_tokens, max_output_tokens, max_adapter_bytes: None takes the largest in the window of recent requests.
+    """
+
+    kv_token_bytes: int
+    input_weight: float = 0.4
+    output_weight: float = 0.6
+    adapter_weight: float = 0.5
+    form: Literal["product", "sum"] = "product"
+    max_input_tokens: int | None = None
+    max_output_tokens: int | None = None
+    max_adapter_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kv_token_bytes <= 0:
+            raise ValueError(f"kv_token_bytes is {self.kv_token_bytes}; give the KV-cache bytes of one token")
+        if min(self.input_weight, self.output_weight, self.adapter_weight) < 0:
+            raise ValueError("weights of the request size must not be negative")
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """What sizes are relative to.
+
+    base_adapter_bytes: what a base-model request counts as. The product would make it 0, however long it runs, so it
+        is sized as if it carried the smallest adapter seen: never above an adapter's request of the same lengths,
+        and by its lengths among its like. Without any adapter in sight it is ``max_adapter_bytes`` (factor 1).
+    """
+
+    max_input_tokens: float = 1.0
+    max_output_tokens: float = 1.0
+    max_adapter_bytes: float = 1.0
+    base_adapter_bytes: float = 1.0
+
+
+def request_tokens(request: QueuedRequest, options: SizingOptions) -> int:
+    """Tokens that a request borrows from a quota: prompt + predicted output + its adapter's bytes as KV tokens."""
+    adapter_bytes = request.adapter.size_bytes if request.adapter else 0
+    return request.num_prompt_tokens + request.num_predicted_tokens + ceil(adapter_bytes / options.kv_token_bytes)
+
+
+def request_size(request: QueuedRequest, scales: Scales, options: SizingOptions) -> float:
+    """WRS of one request; 1 for the largest in every respect, above 1 beyond the maxima."""
+    adapter_bytes = float(request.adapter.size_bytes) if request.adapter else scales.base_adapter_bytes
+    inputs, outputs = float(request.num_prompt_tokens), float(request.num_predicted_tokens)
+    return weighted_size(inputs, outputs, adapter_bytes, scales, options)
+
+
+def weighted_size(
+    inputs: _Number, outputs: _Number, adapter_bytes: _Number, scales: Scales, options: SizingOptions
+) -> _Number:
+    """``(A*in/max_in + B*out/max_out) * bytes/max_bytes``, or the sum of three terms; floats or equal-shaped arrays."""
+    tokens = options.input_weight / scales.max_input_tokens * inputs
+    tokens = tokens + options.output_weight / scales.max_output_tokens * outputs
+    adapter = adapter_bytes / scales.max_adapter_bytes
+    return tokens * adapter if options.form == "product" else tokens + options.adapter_weight * adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Clustering:
+    """Sizes grouped into queues.
+
+    centroids: mean size of each queue, ascending; empty without samples.
+    cutoffs: midpoints between neighbouring centroids; a size equal to a cut-off belongs to the smaller queue.
+    wcss_shares: for K = 1, 2, ...: the share of one queue's within-cluster sum of squares that K queues leave.
+    """
+
+    centroids: tuple[float, ...]
+    cutoffs: tuple[float, ...]
+    wcss_shares: tuple[float, ...]
+
+
+def cluster(
+    sizes: Sequence[float] | Floats,
+    max_queues: int = 4,
+    rule: Literal["elbow", "min_wcss"] = "elbow",
+    elbow_gain: float = 0.1,
+) -> Clustering:
+    """One-dimensional K-means by dynamic programming: deterministic, and exact up to 128 distinct sizes.
+
+    rule: ``elbow`` takes the smallest K after which one more queue removes less than ``elbow_gain`` of one queue's
+        WCSS; ``min_wcss`` takes the K of least WCSS as the paper literally says (nearly always ``max_queues``).
+    The largest 1% of the sizes count as the next smaller one, so that a freak request gets no queue to itself.
+    Raises ValueError for sizes that are negative or not finite.
+    """
+    points = np.sort(np.asarray(sizes, dtype=np.float64))
+    if points.size and not (np.isfinite(points[-1]) and np.isfinite(points).all() and points[0] >= 0):
+        raise ValueError("sizes must be finite and not negative")
+    if points.size == 0:
+        return Clustering((), (), ())
+    points = np.minimum(points, points[points.size - 1 - points.size // 100])
+    low, spread = points[0], points[-1] - points[0]
+    if spread == 0:
+        return Clustering((float(low),), (), (0.0,))
+    scaled = (points - low) / spread
+    wcss, partitions = _partitions(scaled, max_queues)
+    shares = tuple(value / wcss[0] for value in wcss)
+    breaks = partitions[_choose_k(shares, rule, elbow_gain) - 1]
+    centroids = tuple(float(low + spread * scaled[a:b].mean()) for a, b in pairwise(breaks))
+    cutoffs = tuple(a / 2 + b / 2 for a, b in pairwise(centroids))
+    return Clustering(centroids, cutoffs, shares)
+
+
+def _choose_k(shares: Sequence[float], rule: str, elbow_gain: float) -> int:
+    if rule == "min_wcss":
+        return 1 + shares.index(min(shares))
+    for k, (share, next_share) in enumerate(pairwise(shares), start=1):
+        if share - next_share < elbow_gain:
+            return k
+    return len(shares)
+
+
+def _partitions(points: Floats, max_queues: int) -> tuple[list[float], list[list[int]]]:
+    """WCSS and break indices ([0, ..., n]) of the best partition of sorted ``points`` for each K."""
+    breaks = np.concatenate(([0], np.flatnonzero(np.diff(points)) + 1, [points.size]))
+    if breaks.size - 1 > _MAX_BREAKS:
+        # Evenly by rank among the samples, not among distinct values: dense regions get the finer grid.
+        ranks = np.linspace(0, points.size, _MAX_BREAKS + 1)
+        breaks = np.unique(breaks[np.searchsorted(breaks, ranks)])
+    sums = np.concatenate(([0.0], np.cumsum(points)))[breaks]
+    squares = np.concatenate(([0.0], np.cumsum(points**2)))[breaks]
+    counts = breaks[None, :] - breaks[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cost = squares[None, :] - squares[:, None] - (sums[None, :] - sums[:, None]) ** 2 / counts
+    cost = np.where(counts > 0, np.maximum(cost, 0.0), np.inf)
+
+    best, choices = cost[0], []
+    wcss, partitions = [float(best[-1])], [[0, int(breaks[-1])]]
+    for _ in range(2, min(max_queues, breaks.size - 1) + 1):
+        totals = best[:, None] + cost
+        choices.append(totals.argmin(axis=0))
+        best = totals.min(axis=0)
+        path = [breaks.size - 1]
+        for choice in reversed(choices):
+            path.append(int(choice[path[-1]]))
+        wcss.append(float(best[-1]))
+        partitions.append([0, *(int(breaks[i]) for i in reversed(path))])
+    return wcss, partitions
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLoad:
+    """Measured load of one queue: its largest request in tokens (S), expected duration (D), arrival rate (lambda)."""
+
+    max_request_tokens: int
+    duration_s: float
+    arrivals_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Quotas:
+    """Token quotas, one per queue, adding up to the total.
+
+    minima: ``tok_min`` of each queue. scale: below 1, the minima exceeded the total and were scaled by it.
+    """
+
+    tokens: tuple[int, ...]
+    minima: tuple[float, ...]
+    scale: float = 1.0
+
+    @property
+    def feasible(self) -> bool:
+        """Whether the total covers what every queue needs to hold the SLO."""
+        return self.scale >= 1.0
+
+
+def token_quotas(total_tokens: int, loads: Sequence[QueueLoad], slo_s: float) -> Quotas:
+    """Quotas from ``tok_min = S*D*(1/SLO + lambda)`` (an M/M/1 queue that holds the SLO); the rest in proportion.
+
+    Both the rest of a large total and the lack of a small one go by the minima, so quotas are proportional to them.
+    Raises ValueError without queues or when ``total_tokens`` or ``slo_s`` is not positive.
+    """
+    if not loads or total_tokens <= 0 or slo_s <= 0:
+        raise ValueError("quotas need at least one queue and a positive token total and SLO")
+    minima = tuple(load.max_request_tokens * load.duration_s * (1 / slo_s + load.arrivals_per_s) for load in loads)
+    needed = sum(minima)
+    shares = [total_tokens * (low / needed if needed else 1 / len(minima)) for low in minima]
+    tokens = [int(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda queue: (tokens[queue] - shares[queue], queue))
+    for queue in by_remainder[: total_tokens - sum(tokens)]:
+        tokens[queue] += 1
+    return Quotas(tuple(tokens), minima, min(1.0, total_tokens / needed) if needed else 1.0)
+
+
+class LoadWindow:
+    """The latest requests that arrived and that ended: the source of scales, sizes, D and lambda."""
+
+    def __init__(self, options: SizingOptions, num_requests: int = 1024) -> None:
+        self._options = options
+        self._arrivals = np.zeros((num_requests, 4))  # time, prompt, predicted output, adapter bytes
+        self._ends = np.zeros((num_requests, 4))  # duration, prompt, predicted output, adapter bytes
+        self.num_arrived = 0
+        self.num_ended = 0
+        self.seconds_per_token: float | None = None
+        """Moving mean of a request's duration per output token; None before the first end."""
+
+    @property
+    def capacity(self) -> int:
+        """Requests that the window holds."""
+        return len(self._arrivals)
+
+    def arrived(self, request: QueuedRequest, now_s: float) -> None:
+        """Record an arrival."""
+        self._arrivals[self.num_arrived % self.capacity] = (now_s, *_shape(request))
+        self.num_arrived += 1
+
+    def ended(self, request: QueuedRequest, duration_s: float, num_output_tokens: int) -> None:
+        """Record a request that ran to its end, ``duration_s`` after its admission."""
+        self._ends[self.num_ended % self.capacity] = (duration_s, *_shape(request))
+        self.num_ended += 1
+        pace = duration_s / max(1, num_output_tokens)
+        known = self.seconds_per_token
+        self.seconds_per_token = pace if known is None else known + _RATE_WEIGHT * (pace - known)
+
+    def scales(self) -> Scales:
+        """Maxima from the options, else from the window."""
+        recent = self._arrivals[: self.num_arrived]
+        inputs, outputs, adapter_bytes = (recent[:, column].max(initial=1.0) for column in (1, 2, 3))
+        largest = float(self._options.max_adapter_bytes or adapter_bytes)
+        with_adapter = recent[recent[:, 3] > 0, 3]
+        return Scales(
+            float(self._options.max_input_tokens or inputs),
+            float(self._options.max_output_tokens or outputs),
+            largest,
+            float(with_adapter.min()) if with_adapter.size else largest,
+        )
+
+    def sizes(self, scales: Scales) -> Floats:
+        """WRS of the arrivals in the window, in no particular order."""
+        return self._sizes(self._arrivals[: self.num_arrived], scales)
+
+    def loads(self, cutoffs: Sequence[float], scales: Scales, now_s: float) -> tuple[QueueLoad, ...]:
+        """S, D and lambda of each queue that ``cutoffs`` make; D is the overall mean where no request has ended."""
+        recent, ends = self._arrivals[: self.num_arrived], self._ends[: self.num_ended]
+        queues = np.searchsorted(cutoffs, self._sizes(recent, scales))
+        end_queues = np.searchsorted(cutoffs, self._sizes(ends, scales))
+        tokens = recent[:, 1] + recent[:, 2] + np.ceil(recent[:, 3] / self._options.kv_token_bytes)
+        # A burst within one second says little about a rate: count it as one second's worth.
+        span_s = max(1.0, now_s - float(recent[:, 0].min(initial=now_s)))
+        loads = []
+        for queue in range(len(cutoffs) + 1):
+            durations = ends[end_queues == queue, 0]
+            members = tokens[queues == queue]
+            duration_s = float(durations.mean()) if durations.size else self.mean_duration_s()
+            loads.append(QueueLoad(int(members.max(initial=1.0)), duration_s, members.size / span_s))
+        return tuple(loads)
+
+    def mean_duration_s(self) -> float:
+        """Mean seconds from admission to end over the window; 1 before any request ended."""
+        ends = self._ends[: self.num_ended, 0]
+        return max(1e-9, float(ends.mean())) if ends.size else 1.0
+
+    def slo_s(self) -> float:
+        """The SLO when the operator sets none: five mean durations."""
+        return _SLO_DURATIONS * self.mean_duration_s()
+
+    def _sizes(self, rows: Floats, scales: Scales) -> Floats:
+        adapter_bytes = np.where(rows[:, 3] > 0, rows[:, 3], scales.base_adapter_bytes)
+        return weighted_size(rows[:, 1], rows[:, 2], adapter_bytes, scales, self._options)
+
+
+def queue_of(size: float, cutoffs: Sequence[float]) -> int:
+    """Index of the queue for a request of that size."""
+    return bisect_left(cutoffs, size)
+
+
+def _shape(request: QueuedRequest) -> tuple[int, int, int]:
+    adapter_bytes = request.adapter.size_bytes if request.adapter else 0
+    return request.num_prompt_tokens, request.num_predicted_tokens, adapter_bytes
