@@ -1,0 +1,173 @@
+"""How long an output will be: the predictor interface, a predictor that learns from served traffic, and an oracle."""
+
+from bisect import bisect_left
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from random import Random
+from typing import Protocol
+
+LENGTH_BUCKETS = (16, 64, 256, 1024, 4096)
+"""Upper bounds (inclusive) of the output-length classes that predictions are judged by; above the last: one more."""
+
+_MIN_OBSERVATIONS = 4
+"""A group of requests is trusted from so many ends on; below, the next wider group answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class LengthFeatures:
+    """What is known of a request before it runs.
+
+    adapter_digest: None for the base model.
+    max_tokens: the client's limit on the output; None when it set none.
+    true_output_tokens: only a simulation knows it, and only ``OraclePredictor`` reads it.
+    """
+
+    adapter_digest: str | None
+    num_prompt_tokens: int
+    max_tokens: int | None = None
+    true_output_tokens: int | None = None
+
+
+class LengthPredictor(Protocol):
+    """Predicts output lengths and learns from ends."""
+
+    def predict(self, features: LengthFeatures) -> int:
+        """Expected output tokens, at least 1 and at most what the request may produce. Changes nothing it learned."""
+
+    def observe(self, features: LengthFeatures, num_output_tokens: int) -> None:
+        """Learn that a request with these features ended on its own after ``num_output_tokens``."""
+
+
+def length_bucket(num_tokens: int, buckets: Sequence[int] = LENGTH_BUCKETS) -> int:
+    """Index of the class that an output length falls in."""
+    return bisect_left(buckets, num_tokens)
+
+
+class PredictionAccuracy:
+    """Accuracy over the latest ends, as a live metric."""
+
+    def __init__(self, num_requests: int = 1000) -> None:
+        self._outcomes: deque[tuple[bool, int]] = deque(maxlen=num_requests)
+
+    def record(self, num_predicted_tokens: int, num_output_tokens: int) -> None:
+        """Compare one prediction with what came of it."""
+        right = length_bucket(num_predicted_tokens) == length_bucket(num_output_tokens)
+        self._outcomes.append((right, abs(num_predicted_tokens - num_output_tokens)))
+
+    @property
+    def num_requests(self) -> int:
+        """Predictions that the figures below rest on."""
+        return len(self._outcomes)
+
+    @property
+    def right_bucket_share(self) -> float | None:
+        """Share of predictions in the right length class; None before the first end."""
+        return sum(right for right, _ in self._outcomes) / len(self._outcomes) if self._outcomes else None
+
+    @property
+    def mean_absolute_error_tokens(self) -> float | None:
+        """Mean absolute error in tokens; None before the first end."""
+        return sum(error for _, error in self._outcomes) / len(self._outcomes) if self._outcomes else None
+
+
+class HistoryPredictor:
+    """Predicts the median output of like requests served recently; needs no model.
+
+    Like requests are those of the same adapter and prompt-length class (powers of two), else of the same adapter, else
+    of the same prompt-length class, else all. Each group keeps its latest ``num_recent`` ends, so it follows drift; of
+    the groups, the ``max_groups`` last observed are kept.
+    """
+
+    def __init__(
+        self, max_model_len: int, default_tokens: int = 128, max_groups: int = 4096, num_recent: int = 32
+    ) -> None:
+        if min(max_model_len, default_tokens) < 1 or min(max_groups, num_recent) < _MIN_OBSERVATIONS:
+            raise ValueError(
+                "max_model_len and default_tokens must be at least 1, "
+                f"max_groups and num_recent at least {_MIN_OBSERVATIONS}"
+            )
+        self.accuracy = PredictionAccuracy()
+        self._max_model_len = max_model_len
+        self._default_tokens = default_tokens
+        self._max_groups = max_groups
+        self._num_recent = num_recent
+        self._groups: OrderedDict[Hashable, deque[int]] = OrderedDict()
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of requests remembered."""
+        return len(self._groups)
+
+    def predict(self, features: LengthFeatures) -> int:
+        """See ``LengthPredictor.predict``; ``default_tokens`` before anything like it was served."""
+        for key in _group_keys(features):
+            recent = self._groups.get(key)
+            if recent is not None and len(recent) >= _MIN_OBSERVATIONS:
+                return _capped(sorted(recent)[len(recent) // 2], features, self._max_model_len)
+        return _capped(self._default_tokens, features, self._max_model_len)
+
+    def observe(self, features: LengthFeatures, num_output_tokens: int) -> None:
+        """See ``LengthPredictor.observe``; judges its own prediction first, then learns."""
+        self.accuracy.record(self.predict(features), num_output_tokens)
+        for key in reversed(_group_keys(features)):
+            if (recent := self._groups.get(key)) is None:
+                recent = self._groups[key] = deque(maxlen=self._num_recent)
+            recent.append(num_output_tokens)
+            self._groups.move_to_end(key)
+        while len(self._groups) > self._max_groups:
+            self._groups.popitem(last=False)
+
+
+class OraclePredictor:
+    """Knows the truth and tells it with a set probability; otherwise answers from a wrong length class. For simulation.
+
+    accuracy: share of predictions in the right class. rng: the caller's, so that runs repeat.
+    """
+
+    def __init__(self, accuracy: float, rng: Random, max_model_len: int) -> None:
+        if not 0 <= accuracy <= 1:
+            raise ValueError(f"accuracy is {accuracy}; give a share from 0 to 1")
+        self._accuracy = accuracy
+        self._rng = rng
+        self._max_model_len = max_model_len
+
+    def predict(self, features: LengthFeatures) -> int:
+        """See ``LengthPredictor.predict``. Draws from ``rng`` once or twice; always right where only one class can be.
+
+        Raises ValueError for features without ``true_output_tokens``.
+        """
+        if features.true_output_tokens is None:
+            raise ValueError("the oracle needs true_output_tokens; outside a simulation use HistoryPredictor")
+        truth = _capped(features.true_output_tokens, features, self._max_model_len)
+        classes = _class_lengths(_limit(features, self._max_model_len))
+        wrong = [length for length in classes if length_bucket(length) != length_bucket(truth)]
+        if self._rng.random() < self._accuracy or not wrong:
+            return truth
+        return self._rng.choice(wrong)
+
+    def observe(self, features: LengthFeatures, num_output_tokens: int) -> None:
+        """Nothing: the oracle has nothing to learn."""
+
+
+def _group_keys(features: LengthFeatures) -> tuple[Hashable, ...]:
+    """Groups that a request belongs to, narrowest first."""
+    prompt_class = features.num_prompt_tokens.bit_length()
+    digest = features.adapter_digest
+    return (("both", digest, prompt_class), ("adapter", digest), ("prompt", prompt_class), ("all",))
+
+
+def _limit(features: LengthFeatures, max_model_len: int) -> int:
+    room = max(1, max_model_len - features.num_prompt_tokens)
+    return room if features.max_tokens is None else max(1, min(room, features.max_tokens))
+
+
+def _capped(num_tokens: int, features: LengthFeatures, max_model_len: int) -> int:
+    return max(1, min(num_tokens, _limit(features, max_model_len)))
+
+
+def _class_lengths(limit: int) -> list[int]:
+    """A typical length (the middle) of each class that a request of at most ``limit`` tokens can end in."""
+    bounds = [0, *(bound for bound in LENGTH_BUCKETS if bound < limit), limit]
+    return [max(1, (low + 1 + high) // 2) for low, high in pairwise(bounds)]
