@@ -25,7 +25,9 @@ class ModelConfig(_Section):
     """The base model."""
 
     source: str = Field(description="folder of the base model in Hugging Face format, or its hub id")
-    name: str | None = Field(default=None, description="name clients use for the base model; default: last part of `source`")
+    name: str | None = Field(
+        default=None, description="name clients use for the base model; default: last part of `source`"
+    )
 
     @property
     def served_name(self) -> str:
@@ -41,11 +43,17 @@ class EngineConfig(_Section):
     )
     max_loras: PositiveInt = Field(default=8, description="adapter slots in GPU memory (adapters in one batch)")
     max_cpu_loras: PositiveInt = Field(default=64, description="adapters kept in host memory (at least `max_loras`)")
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="`auto`: what the installed vLLM is built for")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="`auto`: what the installed vLLM is built for"
+    )
     dtype: str = Field(default="auto", description="weights and activations: auto, bfloat16, float16, float32")
-    max_model_len: PositiveInt | None = Field(default=None, description="context window in tokens; default: the model's")
+    max_model_len: PositiveInt | None = Field(
+        default=None, description="context window in tokens; default: the model's"
+    )
     max_num_seqs: PositiveInt = Field(default=64, description="requests that run at once in one engine")
-    max_num_batched_tokens: PositiveInt | None = Field(default=None, description="tokens per engine step; default: vLLM's")
+    max_num_batched_tokens: PositiveInt | None = Field(
+        default=None, description="tokens per engine step; default: vLLM's"
+    )
     kv_cache_gib: PositiveFloat | None = Field(
         default=None, description="KV cache size in GiB; default: by `gpu_memory_utilization` (CPU: 1)"
     )
@@ -55,7 +63,9 @@ class EngineConfig(_Section):
     tensor_parallel_size: PositiveInt = Field(default=1, description="GPUs per replica")
     enable_prefix_caching: bool = Field(default=True, description="reuse KV blocks of equal prompt beginnings")
     enforce_eager: bool = Field(default=False, description="no CUDA graphs, no torch.compile")
-    cpu_threads: PositiveInt | None = Field(default=None, description="compute threads per CPU engine; default: all cores")
+    cpu_threads: PositiveInt | None = Field(
+        default=None, description="compute threads per CPU engine; default: all cores"
+    )
     seed: int = Field(default=0, description="seed of the engine's sampler")
     vllm_args: dict[str, Any] = Field(
         default_factory=dict,
@@ -80,7 +90,9 @@ class AdaptersConfig(_Section):
     """Which adapters exist and what is accepted as one."""
 
     folder: str | None = Field(default=None, description="folder whose sub-folders are adapters, named after them")
-    preload: list[AdapterSource] = Field(default_factory=list, description="further adapters: a list of `name` and `uri`")
+    preload: list[AdapterSource] = Field(
+        default_factory=list, description="further adapters: a list of `name` and `uri`"
+    )
     allowed_roots: list[str] = Field(
         default_factory=list, description="folders that run-time loads may read from (`folder` always counts)"
     )
@@ -90,7 +102,9 @@ class AdaptersConfig(_Section):
     store_max_gib: PositiveFloat = Field(default=50.0, description="size of the store; unused adapters leave first")
     max_rank: PositiveInt = Field(default=128, description="largest LoRA rank accepted")
     max_adapter_mib: PositiveInt = Field(default=4096, description="largest weights file accepted, in MiB")
-    check_finite: bool = Field(default=True, description="refuse adapters with NaN or infinite weights (reads all weights)")
+    check_finite: bool = Field(
+        default=True, description="refuse adapters with NaN or infinite weights (reads all weights)"
+    )
     fetch_concurrency: PositiveInt = Field(default=4, description="adapters fetched and validated at once per replica")
     retry_after_s: PositiveFloat = Field(default=5.0, description="pause before an adapter that failed is tried again")
 
@@ -101,7 +115,9 @@ class RedisConfig(_Section):
     url: str | None = Field(
         default=None, description="redis://… or rediss://…; default: a bundled server on the head, for one machine only"
     )
-    key_prefix: str = Field(default="chameleon", min_length=1, description="prefix of every key and channel of this application")
+    key_prefix: str = Field(
+        default="chameleon", min_length=1, description="prefix of every key and channel of this application"
+    )
     heartbeat_s: PositiveFloat = Field(default=0.5, description="pause between two reports of a replica")
     heartbeat_ttl_s: PositiveFloat = Field(default=5.0, description="a replica silent for longer is taken for dead")
     timeout_s: PositiveFloat = Field(default=2.0, description="limit for one Redis call")
@@ -112,7 +128,9 @@ class RouterConfig(_Section):
 
     host_load_gib_s: PositiveFloat = Field(default=10.0, description="host to GPU bandwidth assumed for a load")
     disk_load_gib_s: PositiveFloat = Field(default=1.0, description="disk bandwidth assumed for a load")
-    source_load_gib_s: PositiveFloat = Field(default=0.2, description="bandwidth assumed for a fetch from an adapter's source")
+    source_load_gib_s: PositiveFloat = Field(
+        default=0.2, description="bandwidth assumed for a fetch from an adapter's source"
+    )
     load_overhead_s: PositiveFloat = Field(default=0.005, description="fixed cost assumed for any load")
     hysteresis: Annotated[float, Field(ge=0)] = Field(
         default=0.2, description="leave an adapter's replica only for one that is better by this share"
@@ -136,12 +154,22 @@ class ReplicasConfig(_Section):
     num_replicas: PositiveInt = Field(default=1, description="number of engine replicas (without `autoscaling`)")
     autoscaling: AutoscalingConfig | None = Field(default=None, description="scale between bounds instead")
     num_cpus: Annotated[float, Field(ge=0)] = Field(default=1.0, description="CPUs that Ray reserves per replica")
-    max_ongoing_requests: PositiveInt = Field(default=1024, description="requests inside one replica: vLLM queues, not Serve")
-    max_queued_requests: PositiveInt = Field(default=2048, description="requests an ingress holds back before it answers 503")
+    max_ongoing_requests: PositiveInt = Field(
+        default=1024, description="requests inside one replica: vLLM queues, not Serve"
+    )
+    max_queued_requests: PositiveInt = Field(
+        default=2048, description="requests an ingress holds back before it answers 503"
+    )
     retry_after_s: PositiveInt = Field(default=1, description="`Retry-After` of a 503")
-    health_check_period_s: PositiveFloat = Field(default=2.0, description="pause between two health checks of the engine")
-    health_check_timeout_s: PositiveFloat = Field(default=30.0, description="a health check without answer fails after this")
-    drain_timeout_s: PositiveFloat = Field(default=60.0, description="time that running requests get when a replica stops")
+    health_check_period_s: PositiveFloat = Field(
+        default=2.0, description="pause between two health checks of the engine"
+    )
+    health_check_timeout_s: PositiveFloat = Field(
+        default=30.0, description="a health check without answer fails after this"
+    )
+    drain_timeout_s: PositiveFloat = Field(
+        default=60.0, description="time that running requests get when a replica stops"
+    )
     max_stream_events_per_s: PositiveInt = Field(
         default=1000, description="stream events a replica sends; above it, events carry several tokens"
     )
@@ -152,7 +180,9 @@ class IngressConfig(_Section):
 
     num_replicas: PositiveInt = Field(default=1, description="number of ingress replicas (without `autoscaling`)")
     autoscaling: AutoscalingConfig | None = Field(default=None, description="scale between bounds instead")
-    num_cpus: Annotated[float, Field(ge=0)] = Field(default=0.5, description="CPUs that Ray reserves per ingress replica")
+    num_cpus: Annotated[float, Field(ge=0)] = Field(
+        default=0.5, description="CPUs that Ray reserves per ingress replica"
+    )
     max_ongoing_requests: PositiveInt = Field(default=4096, description="requests inside one ingress replica")
     max_body_mib: PositiveInt = Field(default=16, description="largest request body, in MiB")
 

@@ -4,7 +4,6 @@ The arguments come from vLLM's own parser, so that every default is vLLM's and e
 checked; what the configuration names itself is set on top.
 """
 
-import os
 from argparse import Namespace
 from typing import Any, get_args
 
@@ -40,17 +39,6 @@ def server_args(config: AppConfig) -> Namespace:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"engine.vllm_args: {error}") from None
     return args
-
-
-def set_cpu_environment(engine: EngineConfig) -> None:
-    """Bound the compute threads of a CPU engine; must run before vLLM is imported.
-
-    vLLM binds every engine's threads from core 0 upwards, so that several engines on one machine fight for the same
-    cores: with a thread count given, binding is left to the operating system.
-    """
-    if engine.cpu_threads is not None and engine.tensor_parallel_size == 1:
-        os.environ["OMP_NUM_THREADS"] = str(engine.cpu_threads)
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
 
 
 def lora_rank_bound(max_rank: int) -> int:
@@ -95,5 +83,7 @@ def _own_arguments(config: AppConfig) -> dict[str, Any]:
 def _checked(args: Namespace, extra: dict[str, Any]) -> dict[str, Any]:
     for name in extra:
         if not hasattr(args, name):
-            raise ConfigError(f"engine.vllm_args: vLLM has no option {name!r}; use the Python name, such as tool_call_parser")
+            raise ConfigError(
+                f"engine.vllm_args: vLLM has no option {name!r}; use the Python name, such as tool_call_parser"
+            )
     return extra

@@ -77,9 +77,7 @@ class EngineServer:
         self._gpu_order: list[AdapterRecord] = []
 
     @classmethod
-    async def start(
-        cls, config: AppConfig, stat_loggers: tuple[type[StatLoggerBase], ...] = ()
-    ) -> "EngineServer":
+    async def start(cls, config: AppConfig, stat_loggers: tuple[type[StatLoggerBase], ...] = ()) -> "EngineServer":
         """Start the engine and its serving layer; returns when it can take requests."""
         args = server_args(config)
         vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)

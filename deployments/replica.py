@@ -1,0 +1,203 @@
+"""The engine replica: one vLLM engine that answers whole OpenAI requests for any adapter of the catalog."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from chameleon_ray.adapters.base_model import BaseModelShapes
+from chameleon_ray.adapters.catalog import AdapterLibrary
+from chameleon_ray.adapters.errors import AdapterError, AdapterInvalidError
+from chameleon_ray.adapters.record import AdapterRecord
+from chameleon_ray.config import AppConfig
+from chameleon_ray.engine.launch import local_model_folder, start_engine
+from chameleon_ray.openai_errors import JSON, ApiError
+from chameleon_ray.placement import (
+    CatalogStore,
+    PlacementUnavailableError,
+    ReplicaPublisher,
+    ReplicaReport,
+    shared_follower,
+)
+
+logger = logging.getLogger("ray.serve")
+
+Answer = tuple[int, str, bytes]
+"""HTTP status, media type, body (of a stream: its first part)."""
+
+REDIS_START_S = 10.0
+"""A replica that starts together with Redis waits so long for it before it goes on without."""
+
+
+class Replica:
+    """One engine, its adapter library and its placement reports."""
+
+    async def __init__(self, config: dict[str, Any], redis: DeploymentHandle | None = None):
+        """config: an ``AppConfig`` dump. redis: the bundled server's deployment, named so that Serve starts it."""
+        self._config = AppConfig.model_validate(config)
+        self._id = serve.get_replica_context().replica_id.unique_id
+        self._num_streams = 0
+        self._failed: dict[str, tuple[float, AdapterError]] = {}
+        self._accepting: dict[str, asyncio.Lock] = {}
+        self._reporter: asyncio.Task[None] | None = None
+        model_folder = await asyncio.to_thread(local_model_folder, self._config.model)
+        shapes = await asyncio.to_thread(BaseModelShapes.from_folder, model_folder)
+        self._library = AdapterLibrary(self._config.adapters, shapes)
+        self._node_id = ray.get_runtime_context().get_node_id()
+        self._follower = shared_follower(self._config.redis)
+        self._store = CatalogStore(self._config.redis, self._follower.view)
+        self._publisher = ReplicaPublisher(self._id, self._node_id, self._config.redis)
+        self._unregistered: list[AdapterRecord] = []
+        scan = asyncio.create_task(self._register_configured())
+        self._engine = await start_engine(self._config)
+        await scan
+        self._reporter = asyncio.create_task(self._report_forever())
+        logger.info("replica %s serves %s", self._id, self._config.model.served_name)
+
+    async def answer(self, path: str, body: bytes, model: str, record: AdapterRecord | None) -> Answer:
+        """A whole OpenAI request that is not streamed. ``record``: the adapter's; None for the base model."""
+        try:
+            async with self._serving(path, body, model, record) as call:
+                head = await call.head()
+                return head.status, head.media_type, await call.body()
+        except ApiError as error:
+            return error.status, JSON, error.body
+
+    async def stream(
+        self, path: str, body: bytes, model: str, record: AdapterRecord | None
+    ) -> AsyncGenerator[Answer | bytes, None]:
+        """A streamed OpenAI request: first an ``Answer`` with the first part of the body, then further parts.
+
+        Nothing is sent before the first token is there, so that the ingress can go elsewhere until then.
+        """
+        self._num_streams += 1
+        try:
+            async with self._serving(path, body, model, record) as call:
+                head, begun = await call.head(), False
+                async for chunk in call.chunks(self._pause_s):
+                    yield chunk if begun else (head.status, head.media_type, chunk)
+                    begun = True
+                if not begun:
+                    yield head.status, head.media_type, b""
+        except ApiError as error:
+            yield error.status, JSON, error.body
+        finally:
+            self._num_streams -= 1
+
+    async def inspect_adapter(self, name: str, uri: str) -> AdapterRecord | ApiError:
+        """Fetch and validate an adapter for a run-time load; nothing is registered."""
+        try:
+            return await asyncio.to_thread(self._library.inspect, name, uri)
+        except AdapterError as error:
+            return _api_error(error)
+
+    async def prepare_adapter(self, record: AdapterRecord) -> ApiError | None:
+        """Make the adapter's files local and have the engine load it once: after this it can be served from here."""
+        self._failed.pop(record.digest, None)
+        try:
+            async with self._local(record):
+                return None
+        except ApiError as error:
+            return error
+
+    async def check_health(self) -> None:
+        """Serve's health check: the engine's own."""
+        await self._engine.check_health()
+
+    async def __del__(self) -> None:
+        """Called by Serve once running requests have drained."""
+        if self._reporter is not None:
+            self._reporter.cancel()
+            await asyncio.gather(self._reporter, return_exceptions=True)
+            await self._publisher.withdraw()
+            await self._store.close()
+        if hasattr(self, "_engine"):
+            self._engine.shutdown()
+
+    @contextlib.asynccontextmanager
+    async def _serving(self, path: str, body: bytes, model: str, record: AdapterRecord | None) -> AsyncIterator[Any]:
+        if record is None:
+            async with self._engine.call(path, body, model, None, None) as call:
+                yield call
+        else:
+            async with self._local(record) as folder, self._engine.call(path, body, model, record, folder) as call:
+                yield call
+
+    @contextlib.asynccontextmanager
+    async def _local(self, record: AdapterRecord) -> AsyncIterator[Path]:
+        """The adapter's folder in the node's store, kept there meanwhile, after the engine has accepted the adapter.
+
+        An adapter that failed is not tried again for ``adapters.retry_after_s``; only its own requests fail.
+        """
+        now_s = time.monotonic()
+        if failed := self._failed.get(record.digest):
+            if now_s < failed[0]:
+                raise _api_error(failed[1], retry_after_s=failed[0] - now_s)
+            del self._failed[record.digest]
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                folder = await asyncio.to_thread(lambda: stack.enter_context(self._library.use(record)))
+                async with self._accepting.setdefault(record.digest, asyncio.Lock()):
+                    await self._engine.accept(record, folder)
+            except (AdapterError, ValueError) as error:
+                known = error if isinstance(error, AdapterError) else AdapterInvalidError(str(error))
+                self._failed[record.digest] = (now_s + self._config.adapters.retry_after_s, known)
+                logger.warning("adapter %s (%s) failed: %s", record.name, record.digest[:16], known)
+                raise _api_error(known) from error
+            yield folder
+
+    def _pause_s(self) -> float:
+        """Pause between two events of one stream, so that all streams together stay below the configured rate."""
+        return self._num_streams / self._config.replicas.max_stream_events_per_s
+
+    async def _register_configured(self) -> None:
+        """Put the adapters of the configuration into the catalog; broken ones are logged and left out."""
+        await asyncio.to_thread(self._follower.wait_ready, REDIS_START_S)
+        view = self._follower.view()
+        result = await asyncio.to_thread(self._library.scan, {**view.tombstones, **view.catalog})
+        for name, error in result.errors.items():
+            logger.error("adapter %s of the configuration is not served: %s", name, error)
+        self._unregistered = list(result.records)
+        await self._register_pending()
+
+    async def _register_pending(self) -> None:
+        """Write what the catalog does not have yet; without Redis it stays for the next report."""
+        try:
+            while self._unregistered:
+                await self._store.put_config(self._unregistered[-1])
+                self._unregistered.pop()
+        except PlacementUnavailableError as error:
+            logger.warning("%d adapters are not in the catalog yet: %s", len(self._unregistered), error)
+
+    async def _report_forever(self) -> None:
+        while True:
+            try:
+                if self._unregistered:
+                    await self._register_pending()
+                await self._engine.refresh_residency()
+                await self._publisher.publish(self._report(), time.monotonic())
+            except Exception:
+                logger.exception("a placement report failed; the next one follows")
+            await asyncio.sleep(self._config.redis.heartbeat_s)
+
+    def _report(self) -> ReplicaReport:
+        now_s = time.monotonic()
+        return ReplicaReport(
+            replica_id=self._id,
+            node_id=self._node_id,
+            load=self._engine.load(),
+            tiers=self._engine.tiers,
+            failed={digest: str(error) for digest, (until_s, error) in self._failed.items() if until_s > now_s},
+            catalog_version=self._follower.view().catalog_version,
+        )
+
+
+def _api_error(error: AdapterError, retry_after_s: float | None = None) -> ApiError:
+    return ApiError(error.http_status, str(error), error.code, param="model", retry_after_s=retry_after_s)
