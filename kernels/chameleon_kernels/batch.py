@@ -1,0 +1,174 @@
+"""Metadata of one engine step: which tokens belong to which adapter, in tensors that never move.
+
+All of it lies in one int64 device tensor, so that one asynchronous copy brings a step's metadata to the device and a
+captured CUDA graph, which replays the same kernels on the same addresses, sees the new contents. `update` runs outside
+the graph, before the step, on the stream that runs the step.
+
+Regions of the tensor (S = max_adapters, T = max_tokens; `BatchSpec.regions` gives the starts, csrc repeats them):
+    counts    8     number of segments, small tiles, large tiles; the rest unused
+    table     S     address of the segment's row-offset table (int64 [num_slices, 2, rank])
+    rank      S     rank of the segment's adapter
+    start     S     first position of the segment in `tokens`
+    len       S     number of tokens of the segment
+    tokens    T     token indices, grouped by segment; base-only tokens do not appear
+    small     2 x   per tile of SMALL_TILE tokens of one segment: the segment, then the first position in `tokens`
+    large     2 x   the same with LARGE_TILE tokens
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from chameleon_kernels.layout import AdapterRows
+
+SMALL_TILE = 16
+LARGE_TILE = 64
+NUM_COUNTS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSpec:
+    """The fixed bounds of a step. `max_adapters`: distinct adapters in one step; `max_rank`: a sanity bound, it sizes
+    scratch memory but costs no work. `aligned`: all rows begin at multiples of 8 elements, which lets GPU loads be
+    16 bytes wide; `LoraBatch.update` refuses adapters that break it.
+    """
+
+    max_tokens: int
+    max_adapters: int
+    max_rank: int = 256
+    aligned: bool = True
+
+    def __post_init__(self) -> None:
+        if min(self.max_tokens, self.max_adapters, self.max_rank) < 1:
+            raise ValueError(f"every bound of a batch must be at least 1, got {self}")
+
+    def num_tiles(self, num_tokens: int, tile: int) -> int:
+        """Upper bound of tiles that `num_tokens` tokens can need: a fixed grid for a CUDA graph of that size."""
+        return min(num_tokens, -(-num_tokens // tile) + min(self.max_adapters, num_tokens))
+
+    def regions(self) -> dict[str, tuple[int, int]]:
+        """Region name -> (start, length) in the metadata tensor."""
+        small = self.num_tiles(self.max_tokens, SMALL_TILE)
+        large = self.num_tiles(self.max_tokens, LARGE_TILE)
+        lengths = {"counts": NUM_COUNTS}
+        lengths |= dict.fromkeys(("table", "rank", "start", "len"), self.max_adapters)
+        lengths |= {"tokens": self.max_tokens, "small": 2 * small, "large": 2 * large}
+        regions, at = {}, 0
+        for name, length in lengths.items():
+            regions[name] = (at, length)
+            at += length
+        return regions
+
+
+class LoraBatch:
+    """The metadata of the current step. One object per engine, updated before each step; not thread-safe."""
+
+    def __init__(self, spec: BatchSpec, device: torch.device | str) -> None:
+        self.spec = spec
+        self.num_segments = 0
+        self.num_lora_tokens = 0
+        self.num_tokens = 0
+        self.end = 0  # One past the last element of a KV tensor that this step may read.
+        self.adapters: tuple[AdapterRows, ...] = ()  # One per segment; keeps its table alive.
+        self._regions = spec.regions()
+        size = sum(length for _, length in self._regions.values())
+        self.meta = torch.zeros(size, dtype=torch.int64, device=device)
+        self._on_host = self.meta.device.type == "cpu"
+        # Two staging buffers: the copy of the step before may still be queued when the next step is prepared.
+        self._staging = [] if self._on_host else [_Staging(size) for _ in range(2)]
+        self._spans: list[tuple[int, int]] = []
+        self._previous: tuple[AdapterRows, ...] = ()  # The device may still run the step before.
+
+    def update(self, token_adapter: Sequence[int] | np.ndarray, adapters: Sequence[AdapterRows]) -> None:
+        """Describe the next step. `token_adapter[i]` indexes `adapters`, or is negative for a base-only token.
+
+        Never waits for the device, save when two earlier updates are still in its queue. Raises ValueError, leaving
+        the last step's description in place, if the step exceeds the bounds or an index has no adapter.
+        """
+        index = np.asarray(token_adapter, dtype=np.int64)
+        if index.ndim != 1 or len(index) > self.spec.max_tokens:
+            raise ValueError(f"one adapter index per token, at most {self.spec.max_tokens} tokens; got {index.shape}")
+        order = np.argsort(index, kind="stable")
+        tokens = order[np.searchsorted(index[order], 0) :]
+        used, starts, lengths = np.unique(index[tokens], return_index=True, return_counts=True)
+        if len(used) and used[-1] >= len(adapters):
+            raise ValueError(f"token adapter index {used[-1]} but only {len(adapters)} adapters given")
+        chosen = tuple(adapters[i] for i in used)
+        self._check(chosen)
+        if self._on_host:
+            self._fill(self.meta.numpy(), tokens, starts, lengths, chosen)
+        else:
+            staging = self._staging[0]
+            self._staging.reverse()
+            self._fill(staging.acquire(), tokens, starts, lengths, chosen)
+            staging.copy_to(self.meta)
+        self._previous, self.adapters = self.adapters, chosen
+        self._spans = list(zip(starts.tolist(), lengths.tolist(), strict=True))
+        self.num_segments, self.num_lora_tokens, self.num_tokens = len(chosen), len(tokens), len(index)
+        self.end = max((adapter.end for adapter in chosen), default=0)
+
+    def segments(self) -> Iterator[tuple[torch.Tensor, AdapterRows]]:
+        """(token indices as a view into `meta`, adapter) of every adapter in the step."""
+        at = self._regions["tokens"][0]
+        for (start, length), adapter in zip(self._spans, self.adapters, strict=True):
+            yield self.meta[at + start : at + start + length], adapter
+
+    def _check(self, adapters: Sequence[AdapterRows]) -> None:
+        if len(adapters) > self.spec.max_adapters:
+            raise ValueError(f"{len(adapters)} adapters in one step, the batch was made for {self.spec.max_adapters}")
+        for adapter in adapters:
+            if adapter.rank > self.spec.max_rank:
+                raise ValueError(f"adapter rank {adapter.rank} exceeds the configured bound of {self.spec.max_rank}")
+            if self.spec.aligned and not adapter.aligned:
+                raise ValueError("adapter rows are not 8-element aligned; build the batch with aligned=False")
+            if adapter.offsets.device.type != self.meta.device.type:
+                raise ValueError(f"adapter table on {adapter.offsets.device}, batch on {self.meta.device}")
+
+    def _fill(
+        self,
+        meta: np.ndarray,
+        tokens: np.ndarray,
+        starts: np.ndarray,
+        lengths: np.ndarray,
+        chosen: Sequence[AdapterRows],
+    ) -> None:
+        count = len(chosen)
+        at = {name: start for name, (start, _) in self._regions.items()}
+        meta[at["table"] : at["table"] + count] = [adapter.offsets.data_ptr() for adapter in chosen]
+        meta[at["rank"] : at["rank"] + count] = [adapter.rank for adapter in chosen]
+        meta[at["start"] : at["start"] + count] = starts
+        meta[at["len"] : at["len"] + count] = lengths
+        meta[at["tokens"] : at["tokens"] + len(tokens)] = tokens
+        meta[0] = count
+        for slot, (name, tile) in enumerate((("small", SMALL_TILE), ("large", LARGE_TILE)), start=1):
+            meta[slot] = _fill_tiles(meta[at[name] : at[name] + self._regions[name][1]], starts, lengths, tile)
+
+
+def _fill_tiles(region: np.ndarray, starts: np.ndarray, lengths: np.ndarray, tile: int) -> int:
+    """Cut segments into tiles of at most `tile` tokens; returns how many."""
+    per_segment = -(-lengths // tile)
+    total = int(per_segment.sum())
+    segment = np.repeat(np.arange(len(starts)), per_segment)
+    nth = np.arange(total) - np.repeat(np.cumsum(per_segment) - per_segment, per_segment)
+    capacity = len(region) // 2
+    region[:total] = segment
+    region[capacity : capacity + total] = np.repeat(starts, per_segment) + nth * tile
+    return total
+
+
+class _Staging:
+    """A pinned host buffer with the event that says its last copy to the device is done."""
+
+    def __init__(self, size: int) -> None:
+        self._host = torch.zeros(size, dtype=torch.int64, pin_memory=True)
+        self._copied = torch.cuda.Event()
+
+    def acquire(self) -> np.ndarray:
+        self._copied.synchronize()
+        return self._host.numpy()
+
+    def copy_to(self, meta: torch.Tensor) -> None:
+        meta.copy_(self._host, non_blocking=True)
+        self._copied.record()
