@@ -21,7 +21,7 @@ _LAYERS = "model.layers."
 
 @dataclass(frozen=True, slots=True)
 class BaseModelShapes:
-    """modules: name -> (out_features, in_features) of each linear module in the layers; empty: not known, check nothing.
+    """modules: name -> (out_features, in_features) of each linear module in the layers; empty: not known.
 
     num_layers: transformer layers (0: not known).
     """

@@ -70,7 +70,7 @@ class LocalSource:
                     _copy(file, into / name, limit, uri)
 
     def _resolve(self, uri: str) -> str:
-        path = _local_path(uri)
+        path = local_path(uri)
         try:
             if os.path.isabs(path):
                 return self._check_inside(os.path.realpath(path), uri)
@@ -81,7 +81,7 @@ class LocalSource:
         except ValueError:  # an embedded null byte
             raise AdapterNotFoundError(f"{uri!r} is not a path") from None
         raise AdapterNotFoundError(
-            f"no folder {uri!r} inside the allowed roots: give an absolute path or a file:// URI of the adapter's folder"
+            f"no folder {uri!r} inside the allowed roots: give the adapter's absolute path or file:// URI"
         )
 
     def _check_inside(self, path: str, uri: str) -> str:
@@ -149,7 +149,8 @@ def source_for(uri: str, allowed_roots: Sequence[Path]) -> AdapterSource:
     return SCHEMES[scheme](allowed_roots)
 
 
-def _local_path(uri: str) -> str:
+def local_path(uri: str) -> str:
+    """The path in a plain path or ``file://`` URI. AdapterInvalidError when the URI is malformed."""
     if not _SCHEME.match(uri):
         return uri
     try:

@@ -108,7 +108,7 @@ def _check_config(config: Mapping[str, Any]) -> int:
     rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
     if type(rank) is not int or rank <= 0:
         _bad(f"{CONFIG_FILE}: r must be a positive integer, not {rank!r}")
-    if type(alpha) not in (int, float) or not abs(alpha) < 1e9:
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) < 1e9:
         _bad(f"{CONFIG_FILE}: lora_alpha must be a number, not {alpha!r}")
     is_list = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
     if not (is_list or isinstance(targets, str)) or not targets:
@@ -123,8 +123,8 @@ def _check_config(config: Mapping[str, Any]) -> int:
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.startswith(_INIT_CHANGES_BASE):
         _bad(
-            f"{CONFIG_FILE}: init_lora_weights {init!r} belongs to a changed base model: convert it to a plain LoRA with "
-            "PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+            f"{CONFIG_FILE}: init_lora_weights {init!r} belongs to a changed base model: convert it to a plain LoRA "
+            "with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
     return rank
 
@@ -165,16 +165,14 @@ def _pair_up(tensors: Mapping[str, TensorEntry]) -> dict[str, tuple[TensorEntry,
 def _check_shapes(module: str, a: TensorEntry, b: TensorEntry, rank: int, shapes: BaseModelShapes) -> None:
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != rank or b.shape[1] != rank:
         _bad(
-            f"{WEIGHTS_FILE}: {module!r} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, which is not rank {rank} "
-            f"as {CONFIG_FILE} says"
+            f"{WEIGHTS_FILE}: {module!r} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, not rank {rank} as "
+            f"{CONFIG_FILE} says"
         )
     if not shapes.modules:
         return
     expected = shapes.modules.get(module)
     if expected is None:
-        _bad(
-            f"the base model has no module {module!r} that a LoRA can change: was the adapter made for another base model?"
-        )
+        _bad(f"the base model has no module {module!r}: was the adapter made for another base model?")
     if (b.shape[0], a.shape[1]) != expected:
         _bad(
             f"{module!r} of the adapter is for {a.shape[1]} inputs and {b.shape[0]} outputs, the base model's has "

@@ -1,0 +1,257 @@
+"""The node's adapter store: one folder per content digest, shared by all replica processes of the node.
+
+    <dir>/<digest>/{adapter_config.json, adapter_model.safetensors}   an adapter; appears by rename, whole
+    <dir>/.tmp-*/      being fetched; its maker holds an exclusive lock on it
+    <dir>/.trash-*/    being removed
+    <dir>/.locks/XX    one of 256: an exclusive lock while an adapter whose digest begins with XX is fetched
+    <dir>/.room        an exclusive lock while room is made and an adapter is put in place
+
+Locks are ``flock`` (they end with their process). Whoever uses an adapter holds a shared lock on its folder, and only a
+folder that can be locked exclusively is removed. The folder's modification time is the time of its last use.
+"""
+
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from chameleon_ray.adapters.errors import (
+    AdapterChangedError,
+    AdapterNotFoundError,
+    AdapterStoreError,
+    AdapterTooLargeError,
+)
+from chameleon_ray.adapters.sources import CONFIG_FILE, WEIGHTS_FILE, AdapterSource
+from chameleon_ray.adapters.validate import AdapterInfo
+
+logger = logging.getLogger(__name__)
+
+Validator = Callable[[Path], AdapterInfo]
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_TEMP, _TRASH = ".tmp-", ".trash-"
+_NEW_FOLDER_S = 60.0
+"""A temporary folder younger than this is left alone: its maker may not have locked it yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAdapter:
+    """An adapter in the store. It may be evicted again unless it is held with ``AdapterStore.use``."""
+
+    digest: str
+    folder: Path
+    info: AdapterInfo
+
+
+class AdapterStore:
+    """All methods block (call them from threads) and may be called from any thread and any process of the node.
+
+    max_bytes: size that the store shrinks to, least recently used first; adapters in use stay even if that means more.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self._folder = Path(folder).expanduser().absolute()
+        self._max_bytes = max_bytes
+        with _store_errors(self._folder):
+            (self._folder / ".locks").mkdir(parents=True, exist_ok=True)
+            self._clean_up()
+
+    def path(self, digest: str) -> Path | None:
+        """The folder of the adapter with this digest, or None when it is not here."""
+        if not _DIGEST.fullmatch(digest):
+            raise ValueError(f"{digest!r} is not a SHA-256 digest in lower-case hex")
+        folder = self._folder / digest
+        return folder if folder.is_dir() else None
+
+    def add(
+        self, source: AdapterSource, uri: str, validator: Validator, *, max_bytes: int, digest: str | None = None
+    ) -> StoredAdapter:
+        """Fetches, digests, validates and keeps the adapter at ``uri``; nothing stays of one that fails.
+
+        Raises what ``source`` and ``validator`` raise, AdapterTooLargeError over ``max_bytes`` of weights,
+        AdapterChangedError when ``digest`` is given and the content is another, AdapterStoreError.
+        """
+        with _store_errors(self._folder), self._temporary_folder() as temp:
+            source.fetch(uri, temp, max_bytes=min(max_bytes, self._max_bytes))
+            found = content_digest(temp)
+            if digest is not None and found != digest:
+                raise AdapterChangedError(
+                    f"the adapter at {uri!r} is no longer the one that was loaded (its content changed): "
+                    "load it again with load_inplace to serve the new content"
+                )
+            info = validator(temp)
+            return StoredAdapter(found, self._put_in_place(temp, found), info)
+
+    def ensure(self, digest: str, source: AdapterSource, uri: str, validator: Validator, *, max_bytes: int) -> Path:
+        """The folder of ``digest``, fetched from ``uri`` if it is not here; concurrent callers fetch it once.
+
+        Raises as ``add`` does.
+        """
+        if (folder := self.path(digest)) is None:
+            with _store_errors(self._folder), _locked_file(self._folder / ".locks" / digest[:2]):
+                folder = self.path(digest)  # somebody else may have fetched it meanwhile
+                if folder is None:
+                    return self.add(source, uri, validator, max_bytes=max_bytes, digest=digest).folder
+        return folder
+
+    @contextmanager
+    def use(self, digest: str) -> Iterator[Path]:
+        """Holds the adapter in the store, in all processes, until the block ends. AdapterNotFoundError: not here."""
+        folder = self.path(digest)
+        descriptor = None if folder is None else _lock_folder(folder, fcntl.LOCK_SH)
+        if folder is None or descriptor is None:
+            raise AdapterNotFoundError(f"adapter content {digest} is not in the store {self._folder}")
+        try:
+            os.utime(descriptor)
+            yield folder
+        finally:
+            os.close(descriptor)
+
+    def size_bytes(self) -> int:
+        """Bytes of all adapters in the store."""
+        return sum(size for _, size, _ in self._entries())
+
+    @contextmanager
+    def _temporary_folder(self) -> Iterator[Path]:
+        temp = Path(tempfile.mkdtemp(prefix=_TEMP, dir=self._folder))
+        descriptor = _lock_folder(temp, fcntl.LOCK_EX)
+        if descriptor is None:
+            raise AdapterStoreError(f"{temp} was removed by somebody else; check adapters.store_dir")
+        try:
+            yield temp
+        finally:
+            shutil.rmtree(temp, ignore_errors=True)  # gone already when it was put in place
+            os.close(descriptor)
+
+    def _put_in_place(self, temp: Path, digest: str) -> Path:
+        target = self._folder / digest
+        with _locked_file(self._folder / ".room"):
+            if not target.is_dir():
+                self._make_room(_folder_bytes(temp))
+                os.rename(temp, target)
+                _sync(self._folder)
+        return target
+
+    def _make_room(self, needed_bytes: int) -> None:
+        if needed_bytes > self._max_bytes:
+            raise AdapterTooLargeError(
+                f"the adapter's {needed_bytes} bytes exceed the whole store; raise adapters.store_max_gib"
+            )
+        entries = sorted(self._entries())
+        used = sum(size for _, size, _ in entries)
+        for _, size, folder in entries:
+            if used + needed_bytes <= self._max_bytes:
+                return
+            if self._evict(folder):
+                used -= size
+        if used + needed_bytes > self._max_bytes:
+            logger.warning(
+                "The adapter store %s outgrows its %d bytes: every adapter is in use; raise adapters.store_max_gib",
+                self._folder,
+                self._max_bytes,
+            )
+
+    def _evict(self, folder: Path) -> bool:
+        descriptor = _lock_folder(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if descriptor is None:
+            return False
+        try:
+            trash = self._folder / f"{_TRASH}{folder.name}-{os.getpid()}-{time.monotonic_ns()}"
+            os.rename(folder, trash)  # whoever waits for the lock sees that the folder is gone
+            shutil.rmtree(trash, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+        logger.info("Evicted adapter content %s from the store", folder.name)
+        return True
+
+    def _entries(self) -> list[tuple[float, int, Path]]:
+        """(time of last use, bytes, folder) of each adapter."""
+        entries = []
+        for entry in os.scandir(self._folder):
+            if _DIGEST.fullmatch(entry.name):
+                with suppress(FileNotFoundError):  # evicted by another process just now
+                    entries.append((entry.stat().st_mtime, _folder_bytes(Path(entry.path)), Path(entry.path)))
+        return entries
+
+    def _clean_up(self) -> None:
+        """Removes what crashed processes left behind."""
+        for entry in os.scandir(self._folder):
+            if not entry.name.startswith((_TEMP, _TRASH)):
+                continue
+            with suppress(FileNotFoundError):
+                if entry.name.startswith(_TEMP) and time.time() - entry.stat().st_mtime < _NEW_FOLDER_S:
+                    continue
+                descriptor = _lock_folder(Path(entry.path), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if descriptor is not None:
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                    os.close(descriptor)
+
+
+def content_digest(folder: Path) -> str:
+    """Lower-case hex SHA-256 over length (8 bytes, little-endian) and bytes of CONFIG_FILE, then of WEIGHTS_FILE."""
+    digest = hashlib.sha256()
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        with open(folder / name, "rb") as file:
+            digest.update(os.fstat(file.fileno()).st_size.to_bytes(8, "little"))
+            while chunk := file.read(4 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _lock_folder(folder: Path, operation: int) -> int | None:
+    """An open descriptor of ``folder`` that holds the lock; None when it is gone, or (LOCK_NB) locked by others."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, operation)
+        if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
+
+
+@contextmanager
+def _locked_file(path: Path) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(entry.stat().st_size for entry in os.scandir(folder))
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _store_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise AdapterStoreError(
+            f"the adapter store {folder} failed: {error.strerror or error}; check adapters.store_dir and its free space"
+        ) from error
