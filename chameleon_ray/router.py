@@ -1,0 +1,244 @@
+"""The Serve request router of the replica deployment: translation between Ray Serve and ``policy.routing``, no policy.
+
+Runs in every process that holds a handle of the deployment (each ingress replica), on Serve's router event loop. Serve
+pickles this module by value: whatever the process shares (follower, metrics) lives in other modules.
+
+A request names its adapter by content digest: ``handle.options(multiplexed_model_id=digest)``, empty for the base
+model. Without ``@serve.multiplexed`` and Serve's multiplex mixin that id only travels along (except for an index that
+Serve would never empty, see ``_drop_model_index``).
+
+What Serve 2.60 demands of a router, found by trying: an exception in ``choose_replicas`` or an empty answer without
+back-off hangs the request for good; routing tasks are capped so low that a full replica's requests block the others;
+deaths of idle replicas show only as their absence from ``update_replicas``.
+"""
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from typing import Any
+
+from ray.serve.config import RequestRouterConfig
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+from chameleon_ray import metrics
+from chameleon_ray.config import RedisConfig, RouterConfig
+from chameleon_ray.placement import ClusterView, shared_follower
+from chameleon_ray.policy.adapter import Adapter, Tier
+from chameleon_ray.policy.routing import Decision, LoadCosts, ReplicaView, rank_replicas
+
+logger = logging.getLogger("ray.serve")
+
+GIB = 2**30
+_MAX_ROUTING_TASKS = 1000
+_LOG_PAUSE_S = 10.0
+_GAUGE_PAUSE_S = 1.0
+
+
+def request_router_config(redis: RedisConfig, router: RouterConfig) -> RequestRouterConfig:
+    """What to deploy the replicas with, so that handles route through ``AffinityRouter``.
+
+    The back-off is far below Serve's default (up to 0.5 s), which leaves replicas idle when all were full.
+    """
+    return RequestRouterConfig(
+        request_router_class="chameleon_ray.router:AffinityRouter",
+        request_router_kwargs={"redis": redis.model_dump(mode="json"), "router": router.model_dump(mode="json")},
+        initial_backoff_s=0.005,
+        max_backoff_s=0.02,
+    )
+
+
+def load_costs(router: RouterConfig) -> LoadCosts:
+    """The policy's view of the router's configuration."""
+    return LoadCosts(
+        host_bytes_s=router.host_load_gib_s * GIB,
+        disk_bytes_s=router.disk_load_gib_s * GIB,
+        source_bytes_s=router.source_load_gib_s * GIB,
+        overhead_s=router.load_overhead_s,
+        hysteresis=router.hysteresis,
+    )
+
+
+class AffinityRouter(RequestRouter):
+    """Sends each request to the replica with the least expected time to first token (``policy.routing``)."""
+
+    def initialize_state(self, redis: dict[str, Any], router: dict[str, Any]) -> None:
+        """redis, router: dumps of RedisConfig (with ``url``) and RouterConfig."""
+        settings = RouterConfig.model_validate(router)
+        self._costs = load_costs(settings)
+        self._max_report_age_s = settings.max_report_age_s
+        self._follower = shared_follower(RedisConfig.model_validate(redis))
+        self._in_flight = InFlight()
+        self._adapters: dict[str, Adapter] = {}
+        self._sent_at_report: dict[str, tuple[float, int]] = {}
+        self._started_s = time.monotonic()
+        self._log_again_s = self._gauge_again_s = 0.0
+        self._decisions = metrics.ROUTING_DECISIONS.counter()
+        self._lookups, self._hits = metrics.ROUTING_LOOKUPS.counter(), metrics.ROUTING_HITS.counter()
+        self._failures = metrics.ROUTING_FAILURES.counter()
+        self._placement_age = metrics.PLACEMENT_AGE_S.gauge()
+
+    @property
+    def max_num_routing_tasks(self) -> int:
+        """Serve's own bound, twice the replicas, lets requests for one full replica block those for idle ones."""
+        return _MAX_ROUTING_TASKS
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """The candidates in ranks of one, best first, then the rest together. Never raises, never waits."""
+        candidates = list(candidate_replicas)
+        if pending_request is None:
+            return [candidates]
+        pending_request.routing_context.should_backoff = True
+        try:
+            return self._rank(candidates, pending_request)
+        except Exception:
+            self._failures.inc()
+            if time.monotonic() >= self._log_again_s:
+                self._log_again_s = time.monotonic() + _LOG_PAUSE_S
+                logger.exception("Ranking replicas failed: requests are balanced by load until it works again.")
+            return [sorted(candidates, key=lambda replica: self._in_flight.count(replica.replica_id.unique_id))]
+
+    def on_send_request(self, replica_id: ReplicaID) -> None:
+        """A request leaves for the replica."""
+        super().on_send_request(replica_id)
+        self._in_flight.send(replica_id.unique_id)
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """A request that left has ended: answered, failed, cancelled or refused by the replica."""
+        super().on_request_completed(replica_id, internal_request_id)
+        self._in_flight.end(replica_id.unique_id)
+
+    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
+        """Serve noticed by a failed call that the replica is dead."""
+        super().on_replica_actor_died(replica_id)
+        self._forget(replica_id.unique_id)
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """The controller's list of running replicas changed; it is the only word about one that died while idle."""
+        gone = {replica_id.unique_id for replica_id in self.curr_replicas}
+        gone -= {replica.replica_id.unique_id for replica in replicas}
+        super().update_replicas(replicas)
+        for replica_id in gone:
+            self._forget(replica_id)
+
+    def _rank(self, candidates: list[RunningReplica], pending: PendingRequest) -> list[list[RunningReplica]]:
+        digest = pending.metadata.multiplexed_model_id
+        self._drop_model_index(digest)
+        is_retry = self._in_flight.withdraw(pending.future)
+        cluster, now_s = self._follower.view(), time.monotonic()
+        views = [self._view(cluster, replica.replica_id.unique_id, digest, now_s) for replica in candidates]
+        adapter = self._adapter(cluster, digest) if digest else None
+        decision = rank_replicas(adapter, views, self._costs, request_key=pending.metadata.internal_request_id)
+        self._in_flight.choose(pending.future, decision.replica_ids[0])
+        if not is_retry:
+            self._record(decision, cluster, now_s)
+        by_id = {replica.replica_id.unique_id: replica for replica in candidates}
+        ranked = [[by_id.pop(replica_id)] for replica_id in decision.replica_ids]
+        return [*ranked, list(by_id.values())] if by_id else ranked
+
+    def _view(self, cluster: ClusterView, replica_id: str, digest: str, now_s: float) -> ReplicaView:
+        tier = Tier.ABSENT if digest else Tier.GPU
+        in_flight = self._in_flight.count(replica_id)
+        status = cluster.replicas.get(replica_id)
+        if status is None or now_s - status.received_at_s > self._max_report_age_s:
+            return ReplicaView(replica_id, tier, in_flight)
+        reported_s, sent = self._sent_at_report.get(replica_id, (None, 0))
+        if reported_s != status.received_at_s:
+            sent = self._in_flight.count_sent(replica_id)
+            self._sent_at_report[replica_id] = status.received_at_s, sent
+        if digest:
+            tier = cluster.tier(replica_id, digest)
+        return ReplicaView(replica_id, tier, in_flight, status.load, report_in_flight=sent)
+
+    def _adapter(self, cluster: ClusterView, digest: str) -> Adapter:
+        """What the catalog says of that content, which never changes; of unknown content, that it has no size."""
+        if digest not in self._adapters:
+            records = cluster.catalog.values()
+            self._adapters = {
+                record.digest: Adapter(record.digest, record.rank, record.size_bytes) for record in records
+            }
+        return self._adapters.get(digest) or Adapter(digest, rank=0, size_bytes=0)
+
+    def _record(self, decision: Decision, cluster: ClusterView, now_s: float) -> None:
+        self._decisions.inc(tags={"reason": decision.reason})
+        if decision.reason != "base":
+            self._lookups.inc()
+            if decision.tier == Tier.GPU:
+                self._hits.inc()
+        if now_s >= self._gauge_again_s:
+            self._gauge_again_s = now_s + _GAUGE_PAUSE_S
+            self._placement_age.set(min(cluster.age_s(now_s), now_s - self._started_s))
+
+    def _drop_model_index(self, digest: str) -> None:
+        """Serve indexes pending requests by model id for its multiplex mixin, which alone ever removes one: without
+        the mixin every request, its body included, would stay in that index for the life of the process."""
+        self._pending_requests_by_model_id.pop(digest, None)
+
+    def _forget(self, replica_id: str) -> None:
+        self._follower.forget(replica_id)
+        self._in_flight.forget(replica_id)
+        self._sent_at_report.pop(replica_id, None)
+
+
+class InFlight:
+    """This router's own requests per replica: sent and not ended, or decided on and about to be sent.
+
+    Serve's queue-length cache counts something else: all handles' requests, as of the replica's last reply, forgotten
+    after 10 s without traffic. And of a burst it knows nothing until the first requests are sent: all of them would be
+    ranked within one turn of the event loop, on the same counts, and go to the same replica.
+
+    Serve calls ``on_send_request`` and ``on_request_completed`` once each for every request sent; what was decided on
+    counts until its future is done: then it is either sent or cancelled. (``handle.choose_replica`` without a
+    reservation never ends that future: do not use it with this router.)
+    """
+
+    def __init__(self) -> None:
+        self._sent: Counter[str] = Counter()
+        self._chosen: Counter[str] = Counter()
+        self._choices: dict[asyncio.Future[Any], str] = {}
+
+    def count(self, replica_id: str) -> int:
+        """Requests sent there and not ended, and about to be sent there."""
+        return self._sent[replica_id] + self._chosen[replica_id]
+
+    def count_sent(self, replica_id: str) -> int:
+        """Requests sent there and not ended."""
+        return self._sent[replica_id]
+
+    def choose(self, request: asyncio.Future[Any], replica_id: str) -> None:
+        """``request`` is about to be sent there, until it is done or withdrawn."""
+        self._choices[request] = replica_id
+        self._chosen[replica_id] += 1
+        request.add_done_callback(self.withdraw)
+
+    def withdraw(self, request: asyncio.Future[Any]) -> bool:
+        """Take back what ``choose`` noted for ``request``. Whether there was something."""
+        request.remove_done_callback(self.withdraw)
+        replica_id = self._choices.pop(request, None)
+        if replica_id is None:
+            return False
+        _lower(self._chosen, replica_id)
+        return True
+
+    def send(self, replica_id: str) -> None:
+        """A request leaves for the replica."""
+        self._sent[replica_id] += 1
+
+    def end(self, replica_id: str) -> None:
+        """A request sent there has ended."""
+        _lower(self._sent, replica_id)
+
+    def forget(self, replica_id: str) -> None:
+        """The replica is gone."""
+        self._sent.pop(replica_id, None)
+        self._chosen.pop(replica_id, None)
+
+
+def _lower(counts: Counter[str], key: str) -> None:
+    """Down by one, never below zero (Serve reports the end of what it failed to send, too); zeros leave."""
+    if counts[key] > 1:
+        counts[key] -= 1
+    else:
+        counts.pop(key, None)
