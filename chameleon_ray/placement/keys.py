@@ -30,11 +30,11 @@ class Keys:
 
     def heartbeat(self, replica_id: str) -> str:
         """String with TTL: the replica's last report as JSON, without its tiers."""
-        return f"{self.prefix}:replica:{replica_id}"
+        return f"{self.prefix}:heartbeat:{replica_id}"
 
     def tiers(self, replica_id: str) -> str:
         """Hash with TTL: adapter digest -> Tier as a number, for every adapter the replica holds somewhere."""
-        return f"{self.prefix}:replica:{replica_id}:tiers"
+        return f"{self.prefix}:tiers:{replica_id}"
 
     @property
     def changes(self) -> str:
