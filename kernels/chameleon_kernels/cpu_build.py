@@ -25,7 +25,7 @@ SOURCE = Path(__file__).parent / "csrc" / "paged_lora.cpp"
 CACHE_ENV = "CHAMELEON_KERNELS_CACHE"
 COMPILE_TIMEOUT_S = 300
 # OpenMP is compiled in but not linked: its symbols must resolve to the one runtime that torch has already loaded.
-COMPILE_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-w")
+COMPILE_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-fopenmp", "-w")
 
 
 class KernelBuildError(RuntimeError):
@@ -133,4 +133,5 @@ def _run(command: list[str]) -> None:
     except (OSError, subprocess.SubprocessError) as error:
         raise KernelBuildError(f"{' '.join(command)}: {error}") from error
     if done.returncode:
-        raise KernelBuildError(f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}")
+        errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+        raise KernelBuildError(f"{' '.join(command)} failed: {'; '.join(errors[:3])}")

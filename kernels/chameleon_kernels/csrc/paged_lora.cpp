@@ -3,7 +3,8 @@
 //   y[token, out_start_s + n] += sum_r h[s, token, r] * B_s[r, n]   expand
 // Row r of A_s lies at kv + table[s][0][r], of B_s (transposed) at kv + table[s][1][r]; -1 = zero rows, always last.
 // Sums are in float. The work is cut into items of a few rows or columns, so that both one adapter with many tokens and
-// many adapters with one token use every thread. Decode is bound by reading weights: each is read once per TOKENS tokens.
+// many adapters with one token use every thread. Decode is bound by reading
+// weights: each is read once per TOKENS tokens, and prefetched, as rows are too short for the hardware to see a pattern.
 //
 // Plain C interface and no headers but the compiler's own: it is loaded with ctypes. OpenMP symbols are left open, so that
 // they resolve to the runtime torch has loaded, with its threads and their pinning.
@@ -26,6 +27,7 @@ constexpr int LANES = 8;
 constexpr int TOKENS = 16;         // Tokens of one work item.
 constexpr int ROWS = 32;           // Rank rows of a shrink item.
 constexpr int COLUMNS = 1024;      // Output columns of an expand item.
+constexpr int GROUPS_PER_THREAD = 8;
 constexpr int NUM_COUNTS = 8;      // The regions of the metadata are those of batch.py.
 constexpr int64_t SERIAL_ELEMS = 16384;  // Below so many weights, waking threads costs more than it saves.
 
@@ -89,11 +91,23 @@ inline void store(BFloat16* p, Floats v) {
 }
 inline void store(Float16* p, Floats v) { for (int i = 0; i < LANES; ++i) narrow(v[i], p + i); }
 
-inline float sum(Floats v) {
-  float total = 0;
-  for (int i = 0; i < LANES; ++i) total += v[i];
-  return total;
+// Sum of the lanes, by halves: lane after lane, it would cost as much as the dot product of a short row.
+typedef float Floats4 __attribute__((vector_size(16)));
+typedef float Floats8 __attribute__((vector_size(32)));
+typedef float Floats16 __attribute__((vector_size(64)));
+template <class Half, class Whole>
+inline Half fold(const Whole& v) {
+  Half halves[2];
+  std::memcpy(halves, &v, sizeof halves);
+  return halves[0] + halves[1];
 }
+inline float sum(const Floats4& v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+inline float sum(const Floats8& v) { return sum(fold<Floats4>(v)); }
+inline float sum(const Floats16& v) { return sum(fold<Floats8>(v)); }
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <int N> struct Count { enum { value = N }; };
 
 struct Part { int64_t first_slice, num_slices, in_features; const int64_t* widths; };
 
@@ -119,7 +133,7 @@ int64_t stored_rows(const int64_t* offsets, int64_t rank) {
 }
 
 template <int NT, int NR, class X, class W>
-inline void dot_block(const X* const* x, const W* const* a, int64_t n, float (*out)[NR]) {
+inline void dot_block(const X* const* x, const W* const* a, const W* const* ahead, int64_t n, float (*out)[NR]) {
   Floats acc[NT][NR] = {};
   int64_t k = 0;
   for (; k + LANES <= n; k += LANES) {
@@ -127,6 +141,7 @@ inline void dot_block(const X* const* x, const W* const* a, int64_t n, float (*o
     for (int t = 0; t < NT; ++t) xs[t] = load(x[t] + k);
     for (int r = 0; r < NR; ++r) {
       Floats weights = load(a[r] + k);
+      if (NT == 1) __builtin_prefetch(ahead[r] + k);
       for (int t = 0; t < NT; ++t) acc[t][r] += xs[t] * weights;
     }
   }
@@ -139,8 +154,8 @@ inline void dot_block(const X* const* x, const W* const* a, int64_t n, float (*o
 }
 
 template <int NR, class X, class W>
-void shrink_rows(const X* x, int64_t x_stride, const int64_t* tokens, int64_t num_tokens, const W* const* a, int64_t n,
-                 Hidden h, float* h_slice, int64_t row) {
+void shrink_rows(const X* x, int64_t x_stride, const int64_t* tokens, int64_t num_tokens, const W* const* a,
+                 const W* const* ahead, int64_t n, Hidden h, float* h_slice, int64_t row) {
   int64_t i = 0;
   auto block = [&](auto count) {
     constexpr int NT = decltype(count)::value;
@@ -148,14 +163,12 @@ void shrink_rows(const X* x, int64_t x_stride, const int64_t* tokens, int64_t nu
       const X* xs[NT];
       float out[NT][NR];
       for (int t = 0; t < NT; ++t) xs[t] = x + tokens[i + t] * x_stride;
-      dot_block<NT, NR>(xs, a, n, out);
+      dot_block<NT, NR>(xs, a, ahead, n, out);
       for (int t = 0; t < NT; ++t) std::memcpy(h_slice + tokens[i + t] * h.token_stride + row, out[t], sizeof out[t]);
     }
   };
-  struct Four { enum { value = 4 }; };
-  struct One { enum { value = 1 }; };
-  block(Four{});
-  block(One{});
+  block(Count<4>{});
+  block(Count<1>{});
 }
 
 template <class X, class W>
@@ -165,25 +178,31 @@ void shrink_item(const Item& item, const Batch& batch, const Part& part, const X
   const int64_t* tokens = batch.tokens + item.token;
   float* h_slice = h.data + item.slice * h.slice_stride;
   int64_t r = item.first, end = item.first + item.count;
-  for (; r + 4 <= end; r += 4) {
-    const W* a[4] = {kv + offsets[r], kv + offsets[r + 1], kv + offsets[r + 2], kv + offsets[r + 3]};
-    shrink_rows<4>(x, x_stride, tokens, item.num_tokens, a, part.in_features, h, h_slice, r);
-  }
-  for (; r < end; ++r) {
-    const W* a[1] = {kv + offsets[r]};
-    shrink_rows<1>(x, x_stride, tokens, item.num_tokens, a, part.in_features, h, h_slice, r);
-  }
+  auto rows = [&](auto count) {
+    constexpr int NR = decltype(count)::value;
+    for (; r + NR <= end; r += NR) {
+      const W *a[NR], *ahead[NR];
+      for (int i = 0; i < NR; ++i) {
+        a[i] = kv + offsets[r + i];
+        ahead[i] = kv + offsets[least(r + i + 2 * NR, item.rank - 1)];
+      }
+      shrink_rows<NR>(x, x_stride, tokens, item.num_tokens, a, ahead, part.in_features, h, h_slice, r);
+    }
+  };
+  rows(Count<4>{});
+  rows(Count<1>{});
 }
 
 // acc[t][c] += sum_i scale[t][i] * b[i][c]
 template <int NT, int NR, class W>
-inline void add_rows(const W* const* b, const float (*scale)[NR], int64_t n, float (*acc)[COLUMNS]) {
+inline void add_rows(const W* const* b, const W* const* ahead, const float (*scale)[NR], int64_t n, float (*acc)[COLUMNS]) {
   int64_t c = 0;
   for (; c + LANES <= n; c += LANES) {
     Floats sums[NT];
     for (int t = 0; t < NT; ++t) sums[t] = load(acc[t] + c);
     for (int i = 0; i < NR; ++i) {
       Floats weights = load(b[i] + c);
+      if (NT == 1) __builtin_prefetch(ahead[i] + c);
       for (int t = 0; t < NT; ++t) sums[t] += scale[t][i] * weights;
     }
     for (int t = 0; t < NT; ++t) store(acc[t] + c, sums[t]);
@@ -205,19 +224,18 @@ void expand_tokens(const int64_t* tokens, const int64_t* offsets, const Item& it
   }
   auto add = [&](auto count, int64_t row) {
     constexpr int N = decltype(count)::value;
-    const W* b[N];
+    const W *b[N], *ahead[N];
     float scale[NT][N];
     for (int i = 0; i < N; ++i) {
       b[i] = kv + offsets[row + i] + item.first;
+      ahead[i] = kv + offsets[least(row + i + 2 * N, item.rank - 1)] + item.first;
       for (int t = 0; t < NT; ++t) scale[t][i] = hidden[t][row + i];
     }
-    add_rows<NT, N>(b, scale, item.count, acc);
+    add_rows<NT, N>(b, ahead, scale, item.count, acc);
   };
-  struct Group { enum { value = NR }; };
-  struct One { enum { value = 1 }; };
   int64_t r = 0;
-  for (; r + NR <= item.rank; r += NR) add(Group{}, r);
-  for (; r < item.rank; ++r) add(One{}, r);
+  for (; r + NR <= item.rank; r += NR) add(Count<NR>{}, r);
+  for (; r < item.rank; ++r) add(Count<1>{}, r);
   for (int t = 0; t < NT; ++t) {
     X* out = y + tokens[t] * y_stride + item.out_start + item.first;
     int64_t c = 0;
@@ -235,16 +253,19 @@ void expand_item(const Item& item, const Batch& batch, const Part& part, const W
   for (; i < item.num_tokens; ++i) expand_tokens<1>(tokens + i, offsets, item, kv, h, y, y_stride);
 }
 
+// One slice of one segment for up to TOKENS tokens: all the shrink items that its expand items wait for.
+struct Group { size_t shrink_end, expand_end; };
+
 struct Work {
   std::vector<Item> shrink, expand;
+  std::vector<Group> groups;
   int64_t weight_elems = 0;
 };
-
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 void plan(const Batch& batch, const Part& part, Work& work) {
   work.shrink.clear();
   work.expand.clear();
+  work.groups.clear();
   work.weight_elems = 0;
   for (int64_t g = 0; g < batch.num_segments; ++g) {
     int64_t out_start = 0;
@@ -262,6 +283,7 @@ void plan(const Batch& batch, const Part& part, Work& work) {
           item.count = least(COLUMNS, part.widths[s] - item.first);
           work.expand.push_back(item);
         }
+        work.groups.push_back({work.shrink.size(), work.expand.size()});
       }
     }
   }
@@ -274,12 +296,27 @@ void run(const Work& work, const Batch& batch, const Part& part, const X* x, int
          const W* kv, Hidden h, int steps, int num_threads) {
   const int64_t num_shrink = steps & SHRINK ? work.shrink.size() : 0;
   const int64_t num_expand = steps & EXPAND ? work.expand.size() : 0;
+  const int64_t num_groups = work.groups.size();
+  // Enough groups to go round: a thread does a group from end to end, and nobody waits between shrink and expand. A
+  // barrier is dear when some thread has lost its core to another process.
+  const bool by_group = steps == (SHRINK | EXPAND) && num_groups >= GROUPS_PER_THREAD * num_threads;
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
   {
+    if (by_group) {
+#pragma omp for schedule(dynamic, 1) nowait
+      for (int64_t g = 0; g < num_groups; ++g) {
+        const Group begin = g ? work.groups[g - 1] : Group{0, 0}, end = work.groups[g];
+        for (size_t i = begin.shrink_end; i < end.shrink_end; ++i)
+          shrink_item(work.shrink[i], batch, part, x, x_stride, kv, h);
+        for (size_t i = begin.expand_end; i < end.expand_end; ++i)
+          expand_item(work.expand[i], batch, part, kv, h, y, y_stride);
+      }
+    } else {
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < num_shrink; ++i) shrink_item(work.shrink[i], batch, part, x, x_stride, kv, h);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < num_expand; ++i) expand_item(work.expand[i], batch, part, kv, h, y, y_stride);
+      for (int64_t i = 0; i < num_shrink; ++i) shrink_item(work.shrink[i], batch, part, x, x_stride, kv, h);
+#pragma omp for schedule(dynamic, 1) nowait
+      for (int64_t i = 0; i < num_expand; ++i) expand_item(work.expand[i], batch, part, kv, h, y, y_stride);
+    }
   }
 }
 
