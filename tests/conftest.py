@@ -1,15 +1,76 @@
 """What all tests share."""
 
+import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from chameleon_ray.demo import DemoPaths, make_demo
+from chameleon_ray.adapters.base_model import BaseModelShapes
+
+if TYPE_CHECKING:
+    from chameleon_ray.demo import DemoPaths
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+WriteAdapter = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def demo() -> DemoPaths:
+def demo() -> "DemoPaths":
     """The demo model and adapters, made once per checkout (``CHAMELEON_DEMO_DIR`` names another place)."""
+    from chameleon_ray.demo import make_demo  # brings torch and transformers: only tests that use the demo wait for it
+
     default = Path(__file__).parent.parent / "demo"
     return make_demo(Path(os.environ.get("CHAMELEON_DEMO_DIR", default)))
+
+
+@pytest.fixture
+def tiny_shapes() -> BaseModelShapes:
+    """A base model of two layers that ``write_adapter``'s adapters fit."""
+    in_layer = {"self_attn.q_proj": (16, 32), "mlp.down_proj": (32, 24)}
+    modules = {f"model.layers.{n}.{name}": shape for n in range(2) for name, shape in in_layer.items()}
+    return BaseModelShapes(modules, 2)
+
+
+@pytest.fixture
+def write_adapter(tiny_shapes: BaseModelShapes) -> WriteAdapter:
+    """Writes an adapter of a few kB in PEFT layout: ``write_adapter(folder, rank=4, seed=0, config={}, tensors={})``.
+
+    config and tensors replace entries of what PEFT would write (a tensor of None: leave it out).
+    """
+
+    def write(
+        folder: Path,
+        *,
+        rank: int = 4,
+        seed: int = 0,
+        config: Mapping[str, Any] | None = None,
+        tensors: Mapping[str, np.ndarray | None] | None = None,
+    ) -> Path:
+        rng = np.random.default_rng(seed)
+        weights: dict[str, np.ndarray | None] = {}
+        for module, (out, width) in tiny_shapes.modules.items():
+            prefix = f"base_model.model.{module}"
+            weights[f"{prefix}.lora_A.weight"] = rng.standard_normal((rank, width), np.float32)
+            weights[f"{prefix}.lora_B.weight"] = rng.standard_normal((out, rank), np.float32)
+        weights |= tensors or {}
+        settings = {
+            "peft_type": "LORA",
+            "r": rank,
+            "lora_alpha": 2 * rank,
+            "target_modules": ["q_proj", "down_proj"],
+            "base_model_name_or_path": "tiny",
+            "bias": "none",
+        } | (config or {})
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = {name: array for name, array in weights.items() if array is not None}
+        save_file(kept, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+        return folder
+
+    return write

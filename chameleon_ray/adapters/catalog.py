@@ -152,7 +152,7 @@ class AdapterLibrary:
         self._validated.add(stored.digest)
         if self._fingerprint(uri) != fingerprint:  # what was read may be half old, half new
             raise AdapterChangedError(
-                f"the files at {uri!r} changed while they were read: load it once they are complete"
+                f"the files at {uri!r} changed while they were read: load it again when they are complete"
             )
         return AdapterRecord(
             name=name,
