@@ -1,0 +1,191 @@
+"""Names, and the library: scan, run-time loads, use."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from chameleon_ray.adapters.base_model import BaseModelShapes
+from chameleon_ray.adapters.catalog import AdapterLibrary, check_name, split_model
+from chameleon_ray.adapters.errors import (
+    AdapterChangedError,
+    AdapterInvalidError,
+    AdapterNameError,
+    AdapterPathNotAllowedError,
+    AdapterSourceError,
+    AdapterTooLargeError,
+)
+from chameleon_ray.config import AdaptersConfig, AdapterSource
+
+WriteAdapter = Callable[..., Path]
+MakeLibrary = Callable[..., AdapterLibrary]
+
+
+@pytest.fixture
+def library(tiny_shapes: BaseModelShapes, tmp_path: Path) -> MakeLibrary:
+    (tmp_path / "folder").mkdir()
+
+    def make(shapes: BaseModelShapes = tiny_shapes, **options: Any) -> AdapterLibrary:
+        settings = {"folder": str(tmp_path / "folder"), "store_dir": str(tmp_path / "store"), "max_rank": 64} | options
+        return AdapterLibrary(AdaptersConfig(**settings), shapes, "base")
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["sql-v2", "a", "org/adapter_1.5", "0", "x" * 128])
+def test_names(name: str) -> None:
+    check_name(name, "base")
+
+
+@pytest.mark.parametrize("name", ["", "base", "base:x", "-x", ".x", "/x", "a b", "a\n", "é", "x" * 129, "a\0"])
+def test_no_names(name: str) -> None:
+    with pytest.raises(AdapterNameError):
+        check_name(name, "base")
+
+
+def test_model_names_the_base_or_an_adapter() -> None:
+    assert split_model("base", "base") is None
+    assert split_model("sql", "base") == split_model("base:sql", "base") == "sql"
+    assert split_model("org/base:sql", "org/base") == "sql"
+    assert split_model("other:sql", "base") == "other:sql"
+    assert split_model("base:", "base") == ""
+
+
+def test_scan_finds_folder_and_list_and_reports_the_broken(
+    write_adapter: WriteAdapter, library: MakeLibrary, tmp_path: Path
+) -> None:
+    folder = tmp_path / "folder"
+    write_adapter(folder / "good", rank=8)
+    write_adapter(folder / "twice")
+    write_adapter(
+        folder / "nan",
+        tensors={
+            "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": np.full((4, 32), np.nan, np.float32)
+        },
+    )
+    write_adapter(folder / "high", rank=65)
+    write_adapter(folder / "base")
+    (folder / "empty").mkdir()
+    (folder / ".hidden").mkdir()
+    (folder / "README").write_text("")
+    elsewhere = write_adapter(tmp_path / "elsewhere", seed=1)
+    (folder / "linked").symlink_to(write_adapter(tmp_path / "not-allowed"))
+    listed = [("listed", elsewhere.as_uri()), ("twice", str(elsewhere)), ("remote", "s3://bucket/x"), ("a b", "x")]
+    preload = [AdapterSource(name=name, uri=uri) for name, uri in listed]
+
+    found = library(preload=preload).scan({})
+    assert list(found.records) == ["good", "twice", "listed"]
+    good = found.records["good"]
+    assert (good.rank, good.base_model, good.origin, good.version) == (8, "tiny", "config", 0)
+    assert good.uri == str(folder / "good")
+    assert good.size_bytes == (folder / "good" / "adapter_model.safetensors").stat().st_size
+    kinds = {name: type(error) for name, error in found.errors.items()}
+    assert kinds == {
+        "nan": AdapterInvalidError,
+        "high": AdapterTooLargeError,
+        "base": AdapterNameError,
+        "empty": AdapterInvalidError,
+        "linked": AdapterPathNotAllowedError,
+        "twice": AdapterNameError,
+        "remote": AdapterInvalidError,
+        "a b": AdapterNameError,
+    }
+    assert found.records["twice"].uri == str(folder / "twice"), "the first of two stays"
+
+
+def test_scan_without_adapters_and_without_its_folder(library: MakeLibrary) -> None:
+    assert library().scan({}).records == library(folder=None).scan({}).records == {}
+    with pytest.raises(AdapterSourceError, match="cannot be read"):
+        library(folder="/nowhere").scan({})
+
+
+def test_scan_reads_only_what_changed(write_adapter: WriteAdapter, library: MakeLibrary, tmp_path: Path) -> None:
+    folders = [write_adapter(tmp_path / "folder" / name, seed=seed) for seed, name in enumerate(("a", "b"))]
+    first = library().scan({}).records
+    marked = {name: record.model_copy(update={"version": 7}) for name, record in first.items()}
+
+    shutil.rmtree(tmp_path / "store")
+    again = library()
+    assert again.scan(marked).records == marked
+    assert not any(again.holds(record.digest) for record in marked.values()), "nothing was read"
+
+    write_adapter(folders[1], seed=9)
+    os.utime(folders[1] / "adapter_model.safetensors", ns=(0, 0))
+    changed = again.scan(marked).records
+    assert changed["a"] == marked["a"]
+    assert changed["b"].digest != first["b"].digest and again.holds(changed["b"].digest)
+
+
+def test_scan_trusts_no_record_made_under_other_rules(
+    write_adapter: WriteAdapter, library: MakeLibrary, tmp_path: Path
+) -> None:
+    write_adapter(tmp_path / "folder" / "a", rank=32)
+    known = library().scan({}).records
+    assert isinstance(library(max_rank=16).scan(known).errors["a"], AdapterTooLargeError)
+    other_base = BaseModelShapes({"model.layers.0.self_attn.q_proj": (8, 8)}, 1)
+    assert isinstance(library(other_base).scan(known).errors["a"], AdapterInvalidError)
+    with pytest.raises(AdapterInvalidError, match="another base model"):
+        library(other_base).ensure(known["a"])  # though its files are in the store
+
+
+def test_run_time_loads(write_adapter: WriteAdapter, library: MakeLibrary, tmp_path: Path) -> None:
+    allowed = write_adapter(tmp_path / "allowed" / "x", rank=16)
+    outside = write_adapter(tmp_path / "outside")
+    shelf = library(allowed_roots=[str(tmp_path / "allowed")])
+    record = shelf.inspect("new", str(allowed))
+    assert (record.name, record.origin, record.rank) == ("new", "runtime", 16)
+    assert shelf.holds(record.digest)
+    assert shelf.inspect("again", "x").digest == record.digest, "relative to an allowed root"
+    for uri in (str(outside), "../outside", f"{allowed}/../../outside"):
+        with pytest.raises(AdapterPathNotAllowedError):
+            shelf.inspect("new", uri)
+    with pytest.raises(AdapterNameError, match="base model's name"):
+        shelf.inspect("base", str(allowed))
+
+
+def test_replicas_fetch_by_record(write_adapter: WriteAdapter, library: MakeLibrary, tmp_path: Path) -> None:
+    source = write_adapter(tmp_path / "folder" / "a")
+    record = library().scan({}).records["a"]
+    other_node = library(store_dir=str(tmp_path / "other"))
+    assert not other_node.holds(record.digest)
+    with other_node.use(record) as folder:
+        assert folder == tmp_path / "other" / record.digest
+        weights = "adapter_model.safetensors"
+        assert (folder / weights).read_bytes() == (source / weights).read_bytes()
+    write_adapter(source, seed=5)
+    assert other_node.ensure(record) == folder, "running on with what is here"
+    with pytest.raises(AdapterChangedError, match="load_inplace"):
+        library(store_dir=str(tmp_path / "third")).ensure(record)
+
+
+def test_use_survives_eviction_pressure(write_adapter: WriteAdapter, library: MakeLibrary, tmp_path: Path) -> None:
+    """Two adapters, room for one: whoever is in use stays, whoever is asked for comes back."""
+    folders = {name: write_adapter(tmp_path / "folder" / name, seed=seed) for seed, name in enumerate("ab")}
+    size_bytes = sum(path.stat().st_size for path in folders["a"].iterdir())
+    shelf = library(store_max_gib=1.5 * size_bytes / (1 << 30))
+    records = shelf.scan({}).records
+    assert sum(shelf.holds(record.digest) for record in records.values()) == 1
+    for name in "abab":
+        with shelf.use(records[name]) as folder:
+            shelf.ensure(records["b" if name == "a" else "a"])
+            assert folder.is_dir()
+
+
+def test_files_that_change_while_they_are_read_are_refused(
+    write_adapter: WriteAdapter, library: MakeLibrary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_adapter(tmp_path / "folder" / "a")
+    read = os.read
+
+    def read_and_touch(descriptor: int, length: int) -> bytes:
+        os.utime(folder / "adapter_model.safetensors", (time.time() + 60,) * 2)
+        return read(descriptor, length)
+
+    monkeypatch.setattr(os, "read", read_and_touch)
+    with pytest.raises(AdapterChangedError, match="while they were read"):
+        library().inspect("a", str(folder))
