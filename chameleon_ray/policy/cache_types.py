@@ -1,0 +1,154 @@
+"""What goes into the adapter cache and what comes out of it: configuration, plans, statistics, errors."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from chameleon_ray.policy.eviction import PAPER_WEIGHTS, POLICIES, Weights
+
+
+class CacheError(Exception):
+    """The adapter cache was asked for something it cannot do; nothing has changed."""
+
+
+class UnknownAdapter(CacheError):
+    """No adapter of this digest: ``add`` it first."""
+
+
+class UnknownRequest(CacheError):
+    """No such request is queued or running: it was never enqueued, or released already."""
+
+
+class IllegalChange(CacheError):
+    """The adapter's or the request's state does not allow the change."""
+
+
+class AdapterTooLarge(CacheError):
+    """The adapter can never fit the cache's bounds."""
+
+
+class StalePlan(CacheError):
+    """The cache has changed since the plan was made: make a new one."""
+
+
+class CacheCorrupt(AssertionError):
+    """A bug of ours: the cache's own numbers do not add up."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """What an operator decides about one replica's adapter cache.
+
+    max_blocks: most KV-pool blocks that adapters may hold, against prefix-cache blocks and KV.
+    host_bytes: most bytes of host copies, those being read included.
+    policy: a name in ``POLICIES``. weights: of the ``chameleon`` policy.
+    frequency_window_s: uses older than this do not count.
+    retry_after_s: pause before an adapter that failed is tried again.
+    max_fetches: reads into host memory under way at once.
+    prefetch: load adapters of queued requests into free blocks before the requests are admitted.
+    prefetch_loads: loads in flight (of any kind) up to which one more is started ahead of time.
+    prefetch_pause_s: no loading ahead for so long after the KV cache took blocks back.
+    histogram_prefetch: also load adapters that nobody has asked for yet (``policy/prefetch.py``).
+    """
+
+    max_blocks: int
+    host_bytes: int
+    policy: str = "chameleon"
+    weights: Weights = PAPER_WEIGHTS
+    frequency_window_s: float = 300.0
+    retry_after_s: float = 5.0
+    max_fetches: int = 4
+    prefetch: bool = True
+    prefetch_loads: int = 8
+    prefetch_pause_s: float = 1.0
+    histogram_prefetch: bool = False
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy {self.policy!r} is not one of {', '.join(POLICIES)}")
+        for name in ("max_blocks", "host_bytes", "frequency_window_s", "max_fetches", "prefetch_loads"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be more than 0, not {getattr(self, name)}")
+        for name in ("retry_after_s", "prefetch_pause_s"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        if self.histogram_prefetch and not POLICIES[self.policy].keeps_idle:
+            raise ValueError(f"histogram_prefetch needs a policy that keeps idle adapters, not {self.policy!r}")
+
+
+class EvictReason(StrEnum):
+    """Why an adapter leaves the GPU."""
+
+    KV_PRESSURE = "kv_pressure"
+    LOAD = "load"
+    SHARE_BOUND = "share_bound"
+    DISCARD = "discard"
+    RETIRED = "retired"
+
+
+@dataclass(frozen=True, slots=True)
+class Eviction:
+    """An idle adapter leaves the GPU and gives its blocks back."""
+
+    digest: str
+    num_blocks: int
+    reason: EvictReason
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a driver has to do, in this order, once the plan is committed. False where that is nothing.
+
+    evict: give these adapters' blocks back to the pool. drop: free these host copies.
+    load: take blocks and copy from host memory, most urgent first; the last ``num_prefetch`` of them are ahead of time.
+    fetch: read into host memory, most urgent first.
+    blocked: the first needed adapter that does not fit, even if everything idle left.
+    version: the cache's state that the plan is for.
+    """
+
+    version: int
+    evict: tuple[Eviction, ...] = ()
+    drop: tuple[str, ...] = ()
+    load: tuple[str, ...] = ()
+    num_prefetch: int = 0
+    fetch: tuple[str, ...] = ()
+    blocked: str | None = None
+
+    @property
+    def freed_blocks(self) -> int:
+        """Blocks that the evictions give back."""
+        return sum(eviction.num_blocks for eviction in self.evict)
+
+    def __bool__(self) -> bool:
+        return bool(self.evict or self.drop or self.load or self.fetch)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """Totals since the start, and what holds now.
+
+    hits, misses: requests whose adapter was, or was not, resident when they arrived.
+    evictions: by reason. loads: started, ``prefetches`` of them ahead of time. host_drops: host copies that left.
+    blocks_held, host_bytes_held: those of loads and fetches under way included.
+    requests_waiting: queued requests whose adapter is not resident.
+    """
+
+    hits: int
+    misses: int
+    evictions: Mapping[EvictReason, int]
+    loads: int
+    prefetches: int
+    load_failures: int
+    fetches: int
+    fetch_failures: int
+    host_drops: int
+    blocks_held: int
+    host_bytes_held: int
+    adapters_known: int
+    adapters_resident: int
+    adapters_in_host: int
+    loads_in_flight: int
+    fetches_in_flight: int
+    requests_running: int
+    requests_queued: int
+    requests_waiting: int
