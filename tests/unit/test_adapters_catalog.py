@@ -167,7 +167,7 @@ def test_use_survives_eviction_pressure(write_adapter: WriteAdapter, library: Ma
     """Two adapters, room for one: whoever is in use stays, whoever is asked for comes back."""
     folders = {name: write_adapter(tmp_path / "folder" / name, seed=seed) for seed, name in enumerate("ab")}
     size_bytes = sum(path.stat().st_size for path in folders["a"].iterdir())
-    shelf = library(store_max_gib=1.5 * size_bytes / (1 << 30))
+    shelf = library(store_max_gib=1.5 * size_bytes / (1 << 30), fetch_concurrency=1)
     records = shelf.scan({}).records
     assert sum(shelf.holds(record.digest) for record in records.values()) == 1
     for name in "abab":
