@@ -1,5 +1,6 @@
 """The store: content-addressed, whole or absent, bounded, and safe between threads and processes."""
 
+import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -172,6 +173,22 @@ def test_a_use_in_another_process_holds_too(adapters: list[Path], size_bytes: in
         process.kill()
     _add(store, adapters[3])
     assert not held.folder.exists()
+
+
+def test_an_eviction_just_before_the_lock_is_noticed(
+    adapters: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = AdapterStore(tmp_path / "store", GIB)
+    stored = _add(store, adapters[0])
+    flock = fcntl.flock
+
+    def evicted_meanwhile(descriptor: int, operation: int) -> None:
+        stored.folder.rename(tmp_path / "trash")
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", evicted_meanwhile)
+    with pytest.raises(AdapterNotFoundError), store.use(stored.digest):
+        pytest.fail("it is gone")
 
 
 class _CountingSource(LocalSource):

@@ -184,6 +184,9 @@ def _damaged(good: bytes) -> Iterator[bytes]:
     yield good + b"\0"
     yield pickle.dumps(_Harm())
     yield struct.pack("<Q", 1 << 62) + good[8:]
+    end = 8 + int.from_bytes(good[:8], "little")
+    header = json.loads(good[8:end]) | {"__metadata__": {"format": 1}}  # valid but for safetensors' own reader
+    yield _header(json.dumps(header).encode(), good[end:])
     yield _header(b"{}")
     yield _header(b"[]")
     yield _header(b"nonsense")
