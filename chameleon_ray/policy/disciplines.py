@@ -1,0 +1,108 @@
+"""What tells scheduling policies apart: how recent traffic becomes queues, and which rules of ``queues.py`` apply."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from chameleon_ray.policy.sizing import LoadWindow, Scales, SizingOptions, cluster, token_quotas
+
+UNLIMITED = 1 << 62
+_MIN_SAMPLES = 32
+"""Requests seen before their sizes are split into several queues."""
+_STATIC_QUEUES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class QueueOptions:
+    """What an operator may set.
+
+    total_tokens: tokens that running requests may hold together (KV cache plus adapters, in tokens).
+    max_running: requests that the engine runs at once, its seats; None: tokens alone limit.
+    slo_s: None takes five mean durations. refresh_s: the paper's T_refresh.
+    max_overtakes: how often capacity may let younger requests pass one (rule 6).
+    max_squash_share: bypasses are allowed as long as squashing them all would stay within this share of admissions.
+    priority_s: seconds of seniority that one level of client priority is worth.
+    """
+
+    total_tokens: int
+    sizing: SizingOptions
+    max_running: int | None = None
+    max_queues: int = 4
+    k_rule: Literal["elbow", "min_wcss"] = "elbow"
+    slo_s: float | None = None
+    refresh_s: float = 300.0
+    max_overtakes: int = 32
+    max_squash_share: float = 0.05
+    priority_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.total_tokens < _STATIC_QUEUES:
+            raise ValueError(f"total_tokens is {self.total_tokens}: give the tokens that the KV cache holds")
+        if min(self.max_queues, self.max_overtakes, self.max_running or 1) < 1:
+            raise ValueError("max_queues, max_overtakes and max_running must be at least 1")
+        if self.refresh_s <= 0 or (self.slo_s is not None and self.slo_s <= 0):
+            raise ValueError("refresh_s and slo_s must be positive")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Queues in force.
+
+    cutoffs: sizes between them. quotas: tokens that each may lend. seats: requests of each that may run.
+    minima_scale: how far infeasible minima were scaled (1: feasible).
+    """
+
+    cutoffs: tuple[float, ...]
+    quotas: tuple[int, ...]
+    seats: tuple[int, ...]
+    minima_scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Discipline:
+    """One scheduling policy.
+
+    layout: queues from recent traffic. shortest_first: order inside a queue by size instead of seniority.
+    bypass: rule 5 applies. bounded: rule 6 applies.
+    """
+
+    layout: Callable[[LoadWindow, Scales, QueueOptions, float], Layout]
+    shortest_first: bool = False
+    bypass: bool = False
+    bounded: bool = True
+
+
+def _measured_queues(window: LoadWindow, scales: Scales, options: QueueOptions, now_s: float) -> Layout:
+    cutoffs: tuple[float, ...] = ()
+    if window.num_arrived >= _MIN_SAMPLES:
+        cutoffs = cluster(window.sizes(scales), options.max_queues, options.k_rule).cutoffs
+    loads = window.loads(cutoffs, scales, now_s)
+    slo_s = options.slo_s or window.slo_s()
+    quotas = token_quotas(options.total_tokens, loads, slo_s)
+    seats = (UNLIMITED,) * len(loads)
+    if options.max_running is not None:
+        # Where seats run out before tokens, the smallest queue would take every seat that comes free. The quota formula
+        # in seats instead of tokens, D*(1/SLO + lambda), gives each queue what it needs of them.
+        by_seat = [replace(load, max_request_tokens=1) for load in loads]
+        seats = tuple(max(1, share) for share in token_quotas(options.max_running, by_seat, slo_s).tokens)
+    return Layout(cutoffs, quotas.tokens, seats, quotas.scale)
+
+
+def _one_queue(window: LoadWindow, scales: Scales, options: QueueOptions, now_s: float) -> Layout:
+    return Layout((), (UNLIMITED,), (UNLIMITED,))
+
+
+def _equal_queues(window: LoadWindow, scales: Scales, options: QueueOptions, now_s: float) -> Layout:
+    cutoffs = tuple(queue / _STATIC_QUEUES for queue in range(1, _STATIC_QUEUES))
+    seats = UNLIMITED if options.max_running is None else max(1, options.max_running // _STATIC_QUEUES)
+    return Layout(cutoffs, (options.total_tokens // _STATIC_QUEUES,) * _STATIC_QUEUES, (seats,) * _STATIC_QUEUES)
+
+
+DISCIPLINES = {
+    "chameleon": Discipline(_measured_queues, bypass=True),
+    "fifo": Discipline(_one_queue),
+    "sjf": Discipline(_one_queue, shortest_first=True, bounded=False),
+    "static": Discipline(_equal_queues, bypass=True),
+}
+"""``chameleon``: queues and quotas measured. ``static``: four queues of equal width in size and equal quota.
+``fifo``, ``sjf``: one queue, limited by memory alone; SJF by predicted size, and it does starve large requests."""

@@ -1,0 +1,55 @@
+"""A replica's memory in miniature, for tests of the queues: adapters and running requests share a pool of tokens."""
+
+from chameleon_ray.policy.adapter import Adapter
+from chameleon_ray.policy.admission import Admission, Obstacle
+from chameleon_ray.policy.disciplines import QueueOptions
+from chameleon_ray.policy.queues import RequestQueues
+from chameleon_ray.policy.sizing import QueuedRequest, SizingOptions
+
+SIZING = SizingOptions(kv_token_bytes=1, max_input_tokens=100, max_output_tokens=100, max_adapter_bytes=1)
+"""A base request of t/2 + t/2 tokens has size t/200: static queues end at 50, 100 and 150 tokens."""
+
+
+def request(request_id, tokens, adapter=None, priority=0):
+    """A request of ``tokens`` without its adapter's; ``adapter`` is a digest, or an Adapter."""
+    if isinstance(adapter, str):
+        adapter = Adapter(adapter, rank=8, size_bytes=1)
+    prompt = tokens // 2
+    return QueuedRequest(request_id, prompt, tokens - prompt, adapter, priority)
+
+
+class Room:
+    """Answers as told: ``admissions`` by digest (READY otherwise); ``needed_ends``: who must end before any fits."""
+
+    def __init__(self):
+        self.admissions = {}
+        self.needed_ends = frozenset()
+
+    def admission(self, asked):
+        return self.admissions.get(asked.adapter.digest, Admission.READY) if asked.adapter else Admission.READY
+
+    def fits_after(self, asked, ended):
+        return self.needed_ends <= set(ended)
+
+
+def queues(discipline="static", room=None, total_tokens=1200, **options):
+    options.setdefault("sizing", SIZING)
+    return RequestQueues(discipline, QueueOptions(total_tokens, **options), room or Room())
+
+
+def step(under_test, now_s=0.0, max_admitted=None, obstacles=None):
+    """One step of a driver: ids admitted, in order. ``obstacles``: by request id, what the driver finds in its way."""
+    admitted = []
+    under_test.begin_step(now_s)
+    while (max_admitted is None or len(admitted) < max_admitted) and (candidate := under_test.peek()):
+        obstacle = (obstacles or {}).get(candidate.request_id)
+        if obstacle is None:
+            under_test.admit(candidate.request_id)
+            admitted.append(candidate.request_id)
+        else:
+            under_test.pass_over(candidate.request_id, obstacle)
+        under_test.check()
+    return admitted
+
+
+__all__ = ["SIZING", "Obstacle", "Room", "queues", "request", "step"]
