@@ -110,7 +110,10 @@ def test_eviction_is_charged_only_where_the_adapter_would_have_to_be_loaded() ->
 
 def test_requests_waiting_count_as_excess_even_before_max_running_is_reached() -> None:
     """An engine out of KV blocks queues requests although its batch has free places."""
-    assert first([view("a", Tier.GPU, num_running=4, num_waiting=8), view("b", Tier.GPU)]) == "b"
+    preferred, other = in_rendezvous_order(ADAPTER.digest, ["a", "b"])
+    as_many = view(other, Tier.GPU, num_running=12)
+    assert first([view(preferred, Tier.GPU, num_running=12), as_many]) == preferred
+    assert first([view(preferred, Tier.GPU, num_running=4, num_waiting=8), as_many]) == other
 
 
 def test_only_requests_sent_since_the_report_are_added_to_it() -> None:
