@@ -7,7 +7,7 @@ import torch
 
 from chameleon_kernels.batch import LoraBatch
 from chameleon_kernels.cpu_build import load_library
-from chameleon_kernels.layout import AdapterRows, Part
+from chameleon_kernels.layout import Part, run_views
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SHRINK, EXPAND = 1, 2
@@ -59,33 +59,15 @@ def _c_widths(widths: tuple[int, ...]) -> ctypes.Array:
 
 
 def small_gemms(y: torch.Tensor, x: torch.Tensor, kv: torch.Tensor, batch: LoraBatch, part: Part) -> None:
-    """y += LoRA(x) with torch alone: one pair of GEMMs per adapter, slice and run of adjacent rows."""
+    """y += LoRA(x) with torch alone: one pair of float32 GEMMs per adapter and slice, on copies of its rows."""
     for tokens, adapter in batch.segments():
-        rows = x[tokens]
+        rows = x[tokens].float()
         out_start = 0
         for s, width in enumerate(part.slice_widths, start=part.first_slice):
-            a_runs = row_runs(adapter, s, 0, part.in_features, kv)
-            if a_runs:
-                hidden = torch.cat([rows.to(a.dtype) @ a.T for _, a in a_runs], dim=1)
-                delta = torch.zeros(len(tokens), width, dtype=torch.float32, device=y.device)
-                for first, b in row_runs(adapter, s, 1, width, kv):
-                    delta += hidden[:, first : first + b.shape[0]] @ b
-                y[:, out_start : out_start + width].index_add_(0, tokens, delta.to(y.dtype))
+            a_offsets, b_offsets = adapter.offsets[s].numpy()
+            a = [view.float() for _, view in run_views(a_offsets, part.in_features, kv)]
+            if a:
+                b = [view.float() for _, view in run_views(b_offsets, width, kv)]
+                out = y[:, out_start : out_start + width]
+                out[tokens] = (out[tokens] + (rows @ torch.cat(a).T) @ torch.cat(b)).to(y.dtype)
             out_start += width
-
-
-def row_runs(
-    adapter: AdapterRows, slice_index: int, side: int, width: int, kv: torch.Tensor
-) -> list[tuple[int, torch.Tensor]]:
-    """Views [n, width] of rows that lie next to each other, with the index of their first row; absent rows left out."""
-    offsets = adapter.offsets[slice_index, side].tolist()
-    runs: list[tuple[int, torch.Tensor]] = []
-    first = 0
-    for r in range(1, len(offsets) + 1):
-        if r < len(offsets) and offsets[r] == offsets[r - 1] + width:
-            continue
-        if offsets[first] >= 0:
-            view = kv.as_strided((r - first, width), (width, 1), kv.storage_offset() + offsets[first])
-            runs.append((first, view))
-        first = r
-    return runs

@@ -84,19 +84,35 @@ class RowPlan:
             raise ValueError("page starts must not be negative")
         return np.where(self.page >= 0, starts[self.page] + self.start, -1)
 
-    def pack(self, weights: Sequence[tuple[torch.Tensor, torch.Tensor] | None], dtype: torch.dtype) -> torch.Tensor:
-        """One layer's weights in page order: [num_pages, page_elems]. Unused elements are zero.
+    def pack(self, weights: Sequence[tuple[torch.Tensor, torch.Tensor] | None], pages: torch.Tensor) -> None:
+        """Write one layer's weights in page order into `pages`, contiguous [num_pages, page_elems], converting dtypes.
 
         `weights[s]` is (A [rank_s, in], B transposed [rank_s, out], scale folded in), or None for an absent slice.
+        Elements that no row uses keep what they were.
         """
-        pages = torch.zeros(self.num_pages, self.page_elems, dtype=dtype)
-        flat = pages.view(-1)
+        if pages.shape != (self.num_pages, self.page_elems) or not pages.is_contiguous():
+            raise ValueError(f"pages must be contiguous [{self.num_pages}, {self.page_elems}], got {pages.shape}")
         table = self.offsets(np.arange(self.num_pages) * self.page_elems)
-        for per_slice, pair in zip(table, weights, strict=True):
-            for row_offsets, rows in zip(per_slice, pair or (), strict=False):
-                for offset, row in zip(row_offsets, rows, strict=False):
-                    flat[int(offset) : int(offset) + row.numel()] = row
-        return pages
+        for offsets, pair in zip(table, weights, strict=True):
+            for side, rows in enumerate(pair or ()):
+                if len(rows) != int((offsets[side] >= 0).sum()):
+                    raise ValueError(f"planned for {int((offsets[side] >= 0).sum())} rows, got {len(rows)}")
+                for first, view in run_views(offsets[side], rows.shape[1], pages):
+                    view.copy_(rows[first : first + len(view)])
+
+
+def run_views(offsets: np.ndarray, width: int, memory: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+    """Views [n, width] into `memory`, one for each run of adjacent rows, with the index of its first row.
+
+    `offsets`: int64 [rank], elements from memory's data_ptr(). Absent rows (-1) are left out.
+    """
+    stored = offsets[: int((offsets >= 0).sum())]
+    starts = np.flatnonzero(np.diff(stored, prepend=-width - 1) != width)
+    views = []
+    for first, end in zip(starts, np.append(starts, len(stored))[1:], strict=True):
+        at = memory.storage_offset() + int(stored[first])
+        views.append((int(first), memory.as_strided((int(end - first), width), (width, 1), at)))
+    return views
 
 
 def plan_rows(parts: Sequence[Part], slice_ranks: Sequence[int], page_elems: int) -> RowPlan:
