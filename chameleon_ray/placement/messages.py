@@ -1,8 +1,6 @@
 """What is written to Redis and announced on the change channel, as JSON."""
 
-import math
 from collections.abc import Mapping
-from dataclasses import astuple
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Json, TypeAdapter, ValidationError
@@ -35,9 +33,7 @@ class Beat(_Message):
 
     @classmethod
     def of(cls, report: ReplicaReport, run: str, seq: int) -> "Beat":
-        """ValueError for a load that is not finite: no router could rank it."""
-        if not all(math.isfinite(number) for number in astuple(report.load)):
-            raise ValueError(f"replica {report.replica_id} reports a load that is not finite: {report.load}")
+        """The report as number ``seq`` of ``run``."""
         return cls(
             replica_id=report.replica_id,
             node_id=report.node_id,

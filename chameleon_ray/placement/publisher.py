@@ -52,7 +52,7 @@ class ReplicaPublisher:
 
         now_s: monotonic time. Trouble with Redis is logged once and tried again (with a pause that grows to 1 s), never
         raised: a replica serves on without Redis. After ``withdraw`` it does nothing and returns False.
-        ValueError when the report is about another replica or its load is not finite.
+        ValueError when the report is about another replica.
         """
         if (report.replica_id, report.node_id) != (self._replica_id, self._node_id):
             raise ValueError(f"publisher of {self._replica_id}@{self._node_id} got a report of {report.replica_id}")
