@@ -1,0 +1,88 @@
+"""Building the compiled CPU kernel: caching, processes that start together, and doing without."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import chameleon_kernels
+import pytest
+
+PACKAGE_ROOT = Path(chameleon_kernels.__file__).parent.parent
+PROGRAM = """
+import logging
+logging.basicConfig(format="%(levelname)s %(message)s")
+import torch
+from chameleon_kernels import apply_lora, cpu_implementation
+from chameleon_kernels.testing import check_against_reference, make_batch, make_layer
+layer = make_layer([8, 24])
+check_against_reference(apply_lora, layer, make_batch(layer, [0, 1, -1, 1]), torch.float32)
+print(cpu_implementation())
+"""
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="the compiled kernel needs g++")
+
+
+def start(cache: Path, **environment: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE_ROOT), "CHAMELEON_KERNELS_CACHE": str(cache)} | environment
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[str, list[str]]:
+    """What was printed, and the warnings logged."""
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    return out.strip(), [line for line in err.splitlines() if line.startswith("WARNING")]
+
+
+def counting_compiler(folder: Path) -> tuple[Path, Path]:
+    """A compiler that notes each compilation in a file, and that file."""
+    log, compiler = folder / "compilations", folder / "counting-g++"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *" -c "*) echo compiled >> {log};; esac\nexec g++ "$@"\n')
+    compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+    return compiler, log
+
+
+@needs_compiler
+def test_processes_that_start_together_build_once_and_later_ones_not_at_all(tmp_path: Path) -> None:
+    compiler, log = counting_compiler(tmp_path)
+    cache = tmp_path / "cache"
+    together = [start(cache, CXX=str(compiler)) for _ in range(3)]
+    assert [finish(process) for process in together] == [("compiled", [])] * 3
+    assert finish(start(cache, CXX=str(compiler))) == ("compiled", [])
+    assert log.read_text().splitlines() == ["compiled"]
+    assert sorted(path.suffix for path in cache.iterdir()) == [".lock", ".so"], "leftovers in the cache"
+
+
+def test_without_a_compiler_results_are_right_and_one_warning_says_why(tmp_path: Path) -> None:
+    printed, warnings = finish(start(tmp_path, CXX="/nonexistent/g++"))
+    assert printed == "torch"
+    assert len(warnings) == 1
+    assert "no C++ compiler found (looked for /nonexistent/g++)" in warnings[0] and "Install g++" in warnings[0]
+
+
+def test_a_compiler_that_fails_and_a_cache_that_cannot_be_written_are_said_aloud(tmp_path: Path) -> None:
+    broken = tmp_path / "broken-g++"
+    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "error: no such instruction" >&2\nexit 1\n')
+    broken.chmod(0o755)
+    file_in_the_way = tmp_path / "file"
+    file_in_the_way.write_text("")
+    runs = [
+        (start(tmp_path / "cache", CXX=str(broken)), "no such instruction"),
+        (start(file_in_the_way / "cache", CXX=str(broken)), "Not a directory"),
+    ]
+    for process, reason in runs:
+        printed, warnings = finish(process)
+        assert printed == "torch" and len(warnings) == 1 and reason in warnings[0]
+
+
+@needs_compiler
+def test_a_library_that_does_not_load_is_said_aloud(tmp_path: Path) -> None:
+    assert finish(start(tmp_path))[0] == "compiled"
+    (library,) = tmp_path.glob("*.so")
+    library.write_bytes(b"not a library")
+    printed, warnings = finish(start(tmp_path))
+    assert printed == "torch" and "cannot load" in warnings[0]
