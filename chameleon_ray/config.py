@@ -69,7 +69,7 @@ class EngineConfig(_Section):
     seed: int = Field(default=0, description="seed of the engine's sampler")
     vllm_args: dict[str, Any] = Field(
         default_factory=dict,
-        description="further vLLM server options by their Python names (`tool_call_parser: hermes`); unknown names are errors",
+        description="further vLLM server options by Python name (`tool_call_parser: hermes`); unknown ones are errors",
     )
 
     @model_validator(mode="after")

@@ -19,10 +19,17 @@ class ApiError(Exception):
         self.param = param
         self.retry_after_s = retry_after_s
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuilt, (self.status, self.message, self.kind, self.param, self.retry_after_s)
+
     @property
     def body(self) -> bytes:
         """The JSON body."""
         return json.dumps(error_object(self.status, self.message, self.kind, self.param)).encode()
+
+
+def _rebuilt(status: int, message: str, kind: str, param: str | None, retry_after_s: float | None) -> ApiError:
+    return ApiError(status, message, kind, param=param, retry_after_s=retry_after_s)
 
 
 def error_object(status: int, message: str, kind: str, param: str | None = None) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig as ServeAutoscaling
-from ray.serve.config import RequestRouterConfig
 
 from chameleon_ray.config import AppConfig, AutoscalingConfig, IngressConfig, ReplicasConfig
 from chameleon_ray.redis_server import free_port
+from chameleon_ray.router import request_router_config
 from deployments.ingress import Ingress
 from deployments.redis import Redis
 from deployments.replica import Replica
@@ -25,6 +25,11 @@ def build(args: dict[str, Any]) -> Application:
 
     Raises ConfigError, which names the key, when they are not a valid configuration.
     """
+    return application(args, Replica)
+
+
+def application(args: dict[str, Any], replica_class: type[Replica]) -> Application:
+    """The application with ``replica_class`` as its engine replicas."""
     config = _with_absolute_paths(AppConfig.from_args(args))
     redis: list[Application] = []
     if config.redis.url is None:
@@ -34,11 +39,11 @@ def build(args: dict[str, Any]) -> Application:
         )
         redis.append(_redis_deployment().bind(port))
     settings = config.model_dump(mode="json")
-    replica = _replica_deployment(config).bind(settings, *redis)
+    replica = _replica_deployment(config, replica_class).bind(settings, *redis)
     return _ingress_deployment(config).bind(settings, replica)
 
 
-def _replica_deployment(config: AppConfig) -> Any:
+def _replica_deployment(config: AppConfig, replica_class: type[Replica]) -> Any:
     replicas, engine = config.replicas, config.engine
     on_gpu = engine.device == "cuda" or (engine.device == "auto" and _gpu_engine_installed())
     return serve.deployment(
@@ -53,17 +58,9 @@ def _replica_deployment(config: AppConfig) -> Any:
         health_check_timeout_s=replicas.health_check_timeout_s,
         graceful_shutdown_timeout_s=replicas.drain_timeout_s,
         graceful_shutdown_wait_loop_s=1.0,
-        request_router_config=RequestRouterConfig(
-            request_router_class="chameleon_ray.router:AffinityRouter",
-            request_router_kwargs={
-                "redis": config.redis.model_dump(mode="json"),
-                "router": config.router.model_dump(mode="json"),
-            },
-            initial_backoff_s=0.005,
-            max_backoff_s=0.02,
-        ),
+        request_router_config=request_router_config(config.redis, config.router),
         **_scale(replicas),
-    )(Replica)
+    )(replica_class)
 
 
 def _ingress_deployment(config: AppConfig) -> Any:

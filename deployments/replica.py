@@ -3,9 +3,10 @@
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
@@ -14,7 +15,8 @@ from ray.serve.handle import DeploymentHandle
 
 from chameleon_ray.adapters.base_model import BaseModelShapes
 from chameleon_ray.adapters.catalog import AdapterLibrary
-from chameleon_ray.adapters.errors import AdapterError, AdapterInvalidError
+from chameleon_ray.adapters.errors import AdapterError, AdapterRetryLaterError
+from chameleon_ray.adapters.local import LocalAdapters
 from chameleon_ray.adapters.record import AdapterRecord
 from chameleon_ray.config import AppConfig
 from chameleon_ray.engine.launch import local_model_folder, start_engine
@@ -44,19 +46,24 @@ class Replica:
         self._config = AppConfig.model_validate(config)
         self._id = serve.get_replica_context().replica_id.unique_id
         self._num_streams = 0
-        self._failed: dict[str, tuple[float, AdapterError]] = {}
-        self._accepting: dict[str, asyncio.Lock] = {}
         self._reporter: asyncio.Task[None] | None = None
         model_folder = await asyncio.to_thread(local_model_folder, self._config.model)
         shapes = await asyncio.to_thread(BaseModelShapes.from_folder, model_folder)
-        self._library = AdapterLibrary(self._config.adapters, shapes)
+        self._library = AdapterLibrary(self._config.adapters, shapes, self._config.model.served_name)
         self._node_id = ray.get_runtime_context().get_node_id()
         self._follower = shared_follower(self._config.redis)
         self._store = CatalogStore(self._config.redis, self._follower.view)
         self._publisher = ReplicaPublisher(self._id, self._node_id, self._config.redis)
         self._unregistered: list[AdapterRecord] = []
         scan = asyncio.create_task(self._register_configured())
-        self._engine = await start_engine(self._config)
+        self._engine = await self._start_engine()
+        self._adapters = LocalAdapters(
+            self._library,
+            self._engine.accept,
+            self._config.adapters.retry_after_s,
+            ThreadPoolExecutor(self._config.adapters.fetch_concurrency, thread_name_prefix="fetch"),
+            time.monotonic,
+        )
         await scan
         self._reporter = asyncio.create_task(self._report_forever())
         logger.info("replica %s serves %s", self._id, self._config.model.served_name)
@@ -69,6 +76,8 @@ class Replica:
                 return head.status, head.media_type, await call.body()
         except ApiError as error:
             return error.status, JSON, error.body
+        finally:
+            self._die_with_engine()
 
     async def stream(
         self, path: str, body: bytes, model: str, record: AdapterRecord | None
@@ -90,6 +99,7 @@ class Replica:
             yield error.status, JSON, error.body
         finally:
             self._num_streams -= 1
+            self._die_with_engine()
 
     async def inspect_adapter(self, name: str, uri: str) -> AdapterRecord | ApiError:
         """Fetch and validate an adapter for a run-time load; nothing is registered."""
@@ -100,12 +110,12 @@ class Replica:
 
     async def prepare_adapter(self, record: AdapterRecord) -> ApiError | None:
         """Make the adapter's files local and have the engine load it once: after this it can be served from here."""
-        self._failed.pop(record.digest, None)
+        self._adapters.forget_failure(record.digest)
         try:
-            async with self._local(record):
+            async with self._adapters.use(record):
                 return None
-        except ApiError as error:
-            return error
+        except AdapterError as error:
+            return _api_error(error)
 
     async def check_health(self) -> None:
         """Serve's health check: the engine's own."""
@@ -118,8 +128,21 @@ class Replica:
             await asyncio.gather(self._reporter, return_exceptions=True)
             await self._publisher.withdraw()
             await self._store.close()
+        if hasattr(self, "_adapters"):
+            await self._adapters.close()
         if hasattr(self, "_engine"):
             self._engine.shutdown()
+
+    def _die_with_engine(self) -> None:
+        """End this process when its engine is dead: it can do nothing more, and the ingress, which sees the process
+        die, sends what was here elsewhere at once instead of after the next health check."""
+        if self._engine.is_dead:
+            logger.critical("the engine is dead; replica %s ends", self._id)
+            self._engine.shutdown()
+            os._exit(1)
+
+    async def _start_engine(self) -> Any:
+        return await start_engine(self._config)
 
     @contextlib.asynccontextmanager
     async def _serving(self, path: str, body: bytes, model: str, record: AdapterRecord | None) -> AsyncIterator[Any]:
@@ -127,31 +150,14 @@ class Replica:
             async with self._engine.call(path, body, model, None, None) as call:
                 yield call
         else:
-            async with self._local(record) as folder, self._engine.call(path, body, model, record, folder) as call:
-                yield call
-
-    @contextlib.asynccontextmanager
-    async def _local(self, record: AdapterRecord) -> AsyncIterator[Path]:
-        """The adapter's folder in the node's store, kept there meanwhile, after the engine has accepted the adapter.
-
-        An adapter that failed is not tried again for ``adapters.retry_after_s``; only its own requests fail.
-        """
-        now_s = time.monotonic()
-        if failed := self._failed.get(record.digest):
-            if now_s < failed[0]:
-                raise _api_error(failed[1], retry_after_s=failed[0] - now_s)
-            del self._failed[record.digest]
-        async with contextlib.AsyncExitStack() as stack:
             try:
-                folder = await asyncio.to_thread(lambda: stack.enter_context(self._library.use(record)))
-                async with self._accepting.setdefault(record.digest, asyncio.Lock()):
-                    await self._engine.accept(record, folder)
-            except (AdapterError, ValueError) as error:
-                known = error if isinstance(error, AdapterError) else AdapterInvalidError(str(error))
-                self._failed[record.digest] = (now_s + self._config.adapters.retry_after_s, known)
-                logger.warning("adapter %s (%s) failed: %s", record.name, record.digest[:16], known)
-                raise _api_error(known) from error
-            yield folder
+                async with (
+                    self._adapters.use(record) as folder,
+                    self._engine.call(path, body, model, record, folder) as call,
+                ):
+                    yield call
+            except AdapterError as error:
+                raise _api_error(error) from error
 
     def _pause_s(self) -> float:
         """Pause between two events of one stream, so that all streams together stay below the configured rate."""
@@ -162,9 +168,7 @@ class Replica:
         await asyncio.to_thread(self._follower.wait_ready, REDIS_START_S)
         view = self._follower.view()
         result = await asyncio.to_thread(self._library.scan, {**view.tombstones, **view.catalog})
-        for name, error in result.errors.items():
-            logger.error("adapter %s of the configuration is not served: %s", name, error)
-        self._unregistered = list(result.records)
+        self._unregistered = list(result.records.values())
         await self._register_pending()
 
     async def _register_pending(self) -> None:
@@ -181,23 +185,25 @@ class Replica:
             try:
                 if self._unregistered:
                     await self._register_pending()
+                self._adapters.sweep()
                 await self._engine.refresh_residency()
                 await self._publisher.publish(self._report(), time.monotonic())
             except Exception:
+                self._die_with_engine()
                 logger.exception("a placement report failed; the next one follows")
             await asyncio.sleep(self._config.redis.heartbeat_s)
 
     def _report(self) -> ReplicaReport:
-        now_s = time.monotonic()
         return ReplicaReport(
             replica_id=self._id,
             node_id=self._node_id,
             load=self._engine.load(),
             tiers=self._engine.tiers,
-            failed={digest: str(error) for digest, (until_s, error) in self._failed.items() if until_s > now_s},
+            failed=self._adapters.failures(),
             catalog_version=self._follower.view().catalog_version,
         )
 
 
-def _api_error(error: AdapterError, retry_after_s: float | None = None) -> ApiError:
+def _api_error(error: AdapterError) -> ApiError:
+    retry_after_s = error.retry_after_s if isinstance(error, AdapterRetryLaterError) else None
     return ApiError(error.http_status, str(error), error.code, param="model", retry_after_s=retry_after_s)

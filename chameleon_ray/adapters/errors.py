@@ -66,3 +66,19 @@ class AdapterStoreError(AdapterError):
 
     code = "adapter_store_unavailable"
     http_status = 503
+
+
+class AdapterRetryLaterError(AdapterError):
+    """The adapter failed a moment ago and is not tried again before ``retry_after_s`` have passed.
+
+    Code and status are those of the failure.
+    """
+
+    def __init__(self, failure: AdapterError, retry_after_s: float) -> None:
+        super().__init__(failure, retry_after_s)
+        self.code = failure.code  # type: ignore[misc]
+        self.http_status = failure.http_status  # type: ignore[misc]
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return f"{self.args[0]} (tried again in {self.retry_after_s:.0f} s at the earliest)"

@@ -31,7 +31,7 @@ def local_model_folder(model: ModelConfig) -> Path:
         return Path(snapshot_download(model.source, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:
         raise ConfigError(
-            f"model.source: {model.source!r} is neither a model folder on this node nor a hub model that can be read: {error}"
+            f"model.source: {model.source!r} is neither a model folder on this node nor a readable hub model: {error}"
         ) from error
 
 

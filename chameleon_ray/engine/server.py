@@ -19,6 +19,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from chameleon_ray.adapters.errors import AdapterInvalidError
 from chameleon_ray.adapters.record import AdapterRecord
 from chameleon_ray.config import AppConfig
 from chameleon_ray.engine.asgi import AsgiCall
@@ -119,8 +120,8 @@ class EngineServer:
     async def accept(self, record: AdapterRecord, folder: Path) -> None:
         """Have the engine load the adapter once by itself, before any request uses it.
 
-        A load that fails inside a batch would end vLLM's engine (vLLM 11702); here it fails alone. Raises ValueError
-        with vLLM's reason.
+        A load that fails inside a batch would end vLLM's engine (vLLM 11702); here it fails alone. Raises
+        AdapterInvalidError with vLLM's reason.
         """
         if record.digest in self._accepted:
             return
@@ -128,7 +129,7 @@ class EngineServer:
             await self._engine.add_lora(self._lora_request(record, folder))
         except Exception as error:
             await self._engine.check_health()
-            raise ValueError(f"vLLM cannot load adapter {record.name!r}: {error}") from error
+            raise AdapterInvalidError(f"vLLM cannot load adapter {record.name!r}: {error}") from error
         self._accepted.add(record.digest)
 
     async def refresh_residency(self) -> None:
@@ -154,6 +155,11 @@ class EngineServer:
     def num_requests(self) -> int:
         """Requests that the engine has and has not finished."""
         return self._engine.get_num_unfinished_requests()
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether the engine has failed for good."""
+        return bool(self._engine.errored)
 
     async def check_health(self) -> None:
         """Raises when the engine is dead."""

@@ -1,0 +1,82 @@
+"""The application with engines that generate at once: what is left is the cost of everything around the engine.
+
+``serve run deployments.instant:build`` takes the same arguments as ``deployments.app:build``; ``chameleon bench
+transport`` measures it. Only vLLM is replaced; ingress, router, replica, adapters and Redis are the real ones.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ray.serve import Application
+
+from chameleon_ray.adapters.record import AdapterRecord
+from chameleon_ray.engine.asgi import AsgiCall, Message, Receive, Send
+from chameleon_ray.policy.adapter import Tier
+from chameleon_ray.policy.routing import ReplicaLoad
+from deployments.app import application
+from deployments.replica import Replica
+
+
+class InstantEngine:
+    """Stands where ``EngineServer`` does and answers completions with ``max_tokens`` tokens that cost nothing."""
+
+    is_dead = False
+
+    def __init__(self) -> None:
+        self.tiers: dict[str, Tier] = {}
+
+    def call(self, path: str, body: bytes, model: str, record: AdapterRecord | None, folder: Path | None) -> AsgiCall:
+        return AsgiCall(_generate, path, body)
+
+    async def accept(self, record: AdapterRecord, folder: Path) -> None:
+        self.tiers[record.digest] = Tier.GPU
+
+    async def refresh_residency(self) -> None:
+        pass
+
+    def load(self) -> ReplicaLoad:
+        return ReplicaLoad(max_running=64)
+
+    async def check_health(self) -> None:
+        pass
+
+    def shutdown(self) -> None:
+        pass
+
+
+class InstantReplica(Replica):
+    """The real replica around an ``InstantEngine``."""
+
+    async def _start_engine(self) -> InstantEngine:
+        return InstantEngine()
+
+
+def build(args: dict[str, Any]) -> Application:
+    """Like ``deployments.app:build``, with instant engines."""
+    return application(args, InstantReplica)
+
+
+async def _generate(_scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+    request = json.loads((await receive())["body"])
+    streamed, num_tokens = bool(request.get("stream")), int(request.get("max_tokens", 16))
+    media_type = b"text/event-stream; charset=utf-8" if streamed else b"application/json"
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", media_type)]})
+    if not streamed:
+        await send(_body(_completion(request["model"], " a" * num_tokens, "length")))
+        return
+    for position in range(num_tokens):
+        reason = "length" if position + 1 == num_tokens else None
+        await send(_body(b"data: " + _completion(request["model"], " a", reason) + b"\n\n"))
+    await send(_body(b"data: [DONE]\n\n"))
+
+
+def _completion(model: str, text: str, reason: str | None) -> bytes:
+    choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
+    answer = {"id": "cmpl-0", "object": "text_completion", "created": 0, "model": model, "choices": [choice]}
+    return json.dumps(answer).encode()
+
+
+def _body(content: bytes) -> Message:
+    return {"type": "http.response.body", "body": content, "more_body": True}

@@ -1,0 +1,72 @@
+"""Which model a request means, from the process's copy of the catalog."""
+
+import time
+from typing import Any
+
+from chameleon_ray.adapters.catalog import split_model
+from chameleon_ray.adapters.record import AdapterRecord
+from chameleon_ray.config import AppConfig
+from chameleon_ray.openai_errors import unknown_model
+from chameleon_ray.placement import CatalogStore, ClusterFollower, PlacementUnavailableError
+
+LOOKUP_MEMORY_S = 0.5
+"""A name that Redis did not know is not looked up again for this long."""
+MAX_ABSENT_NAMES = 10_000
+
+
+class Models:
+    """The base model and the adapters of the catalog."""
+
+    def __init__(self, config: AppConfig, follower: ClusterFollower, store: CatalogStore):
+        self.base = config.model.served_name
+        self._source = config.model.source
+        self._follower = follower
+        self._store = store
+        self._absent: dict[str, float] = {}
+        self._started_s = int(time.time())
+
+    async def resolve(self, model: str) -> AdapterRecord | None:
+        """The adapter that ``model`` names (flat or ``base:adapter``); None for the base model.
+
+        ApiError 404 when there is no such model.
+        """
+        name = split_model(model, self.base)
+        if name is None:
+            return None
+        record = self._follower.view().catalog.get(name) or await self._lookup(name)
+        if record is None:
+            raise unknown_model(model)
+        return record
+
+    def cards(self) -> list[dict[str, Any]]:
+        """``/v1/models``: the base model, then every adapter by name."""
+        catalog = self._follower.view().catalog
+        return [self.card(None), *(self.card(catalog[name]) for name in sorted(catalog))]
+
+    def card(self, record: AdapterRecord | None) -> dict[str, Any]:
+        """One entry of ``/v1/models``; None: the base model's."""
+        return {
+            "id": record.name if record else self.base,
+            "object": "model",
+            "created": self._started_s,
+            "owned_by": "chameleon-ray",
+            "root": record.uri if record else self._source,
+            "parent": self.base if record else None,
+        }
+
+    async def _lookup(self, name: str) -> AdapterRecord | None:
+        """A name that the copy lacks may have been added a moment ago: ask Redis, but not for every request."""
+        now_s = time.monotonic()
+        if self._absent.get(name, 0.0) > now_s:
+            return None
+        try:
+            record = await self._store.lookup(name)
+        except PlacementUnavailableError:
+            if self._follower.view().age_s(now_s) == float("inf"):
+                raise  # nothing was ever known: a 404 would be a guess
+            return None
+        if record is None:
+            if len(self._absent) >= MAX_ABSENT_NAMES:
+                self._absent.clear()
+            self._absent[name] = now_s + LOOKUP_MEMORY_S
+        return record

@@ -1,0 +1,97 @@
+"""A client's request on its way to a replica and back."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.responses import StreamingResponse
+from ray.exceptions import RayActorError
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+
+from chameleon_ray import metrics
+from chameleon_ray.adapters.record import AdapterRecord
+from chameleon_ray.config import AppConfig
+from chameleon_ray.openai_errors import ApiError, sse_error
+from deployments.http import json_object, read_body
+from deployments.models import Models
+
+logger = logging.getLogger("ray.serve")
+
+
+class Relay:
+    """Hands requests to the replica that the router chooses and passes its answer on, byte for byte."""
+
+    def __init__(self, config: AppConfig, models: Models, replica: DeploymentHandle):
+        self._config = config
+        self._models = models
+        self._replica = replica
+
+    async def __call__(self, request: Request) -> Response:
+        """The replica's answer to an OpenAI request. Raises ApiError."""
+        body = await read_body(request, self._config)
+        fields = json_object(body)
+        model = fields.get("model") or self._models.base
+        # a model of a wrong type is the replica's to refuse: it knows the protocol
+        record = await self._models.resolve(model) if isinstance(model, str) else None
+        call = (request.url.path, body, model, record)
+        if fields.get("stream"):
+            return await self._stream(record, call)
+        answer = self._replica.options(method_name="answer", multiplexed_model_id=_affinity(record))
+        status, media_type, content = await once_more(lambda: answer.remote(*call))
+        return Response(content, status_code=status, media_type=media_type)
+
+    async def _stream(self, record: AdapterRecord | None, call: tuple[Any, ...]) -> Response:
+        stream = self._replica.options(method_name="stream", stream=True, multiplexed_model_id=_affinity(record))
+
+        async def begin() -> tuple[DeploymentResponseGenerator[Any], Any]:
+            parts = stream.remote(*call)
+            try:
+                return parts, await anext(parts)
+            except asyncio.CancelledError:
+                parts.cancel()
+                raise
+
+        parts, (status, media_type, first) = await once_more(begin)
+        if status != 200:
+            return Response(first, status_code=status, media_type=media_type)
+        return StreamingResponse(_rest(parts, first), media_type=media_type)
+
+
+async def _rest(parts: DeploymentResponseGenerator[Any], first: bytes) -> AsyncIterator[bytes]:
+    """A stream's body. A replica that fails ends it with an error event, never silently."""
+    try:
+        yield first
+        async for part in parts:
+            yield part
+    except (asyncio.CancelledError, GeneratorExit):  # the client has gone
+        parts.cancel()
+        raise
+    except RayActorError as error:
+        logger.warning("a replica died while it streamed: %s", error)
+        metrics.BROKEN_STREAMS.counter().inc()
+        yield sse_error(502, "The replica serving this request died; the answer is incomplete.", "replica_died")
+    except Exception:
+        logger.exception("a stream failed")
+        metrics.BROKEN_STREAMS.counter().inc()
+        yield sse_error(500, "Internal error; the answer is incomplete.", "server_error")
+
+
+async def once_more(attempt: Callable[[], Awaitable[Any]]) -> Any:
+    """The attempt's result; when the replica dies under it (nothing was sent yet), that of one more attempt."""
+    try:
+        return await attempt()
+    except RayActorError as error:
+        logger.warning("a replica died before it answered, trying another one: %s", error)
+        metrics.RETRIES.counter().inc()
+    try:
+        return await attempt()
+    except RayActorError as error:
+        message = "Two replicas died while they served this request; try again."
+        raise ApiError(502, message, "replica_died", retry_after_s=1) from error
+
+
+def _affinity(record: AdapterRecord | None) -> str:
+    """What the router knows the request by."""
+    return "" if record is None else record.digest
