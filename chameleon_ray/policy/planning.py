@@ -94,7 +94,7 @@ class Planner:
         room.trim()
         for_kv = set(room.leaving)
         loads: list[Entry] = []
-        blocked = self._load_needed(needed, room, loads) if enough_kv else _first_waiting(needed)
+        blocked = self._load_needed(needed, room, loads) if enough_kv else _first_short(needed, room.leaving)
         room.trim()
         num_needed = len(loads)
         if may_prefetch and enough_kv and blocked is None:
@@ -259,8 +259,8 @@ def _size_bytes(entry: Entry) -> int:
     return entry.adapter.size_bytes
 
 
-def _first_waiting(needed: Sequence[Entry]) -> str | None:
-    return next((entry.digest for entry in needed if entry.state is State.HOST), None)
+def _first_short(needed: Sequence[Entry], leaving: Collection[str]) -> str | None:
+    return next((e.digest for e in needed if e.state is State.HOST or e.digest in leaving), None)
 
 
 def _fetchable(entry: Entry, now_s: float) -> bool:

@@ -140,13 +140,12 @@ def test_negative_free_blocks_are_given_back_before_anything_is_loaded() -> None
     driver.host_copies("x", 0.0)
     driver.make_resident("a b c", 0.0)
     plan = driver.cache.plan(["x"], -4, 1.0)
-    assert [(e.digest, e.reason) for e in plan.evict] == [
-        ("a", EvictReason.KV_PRESSURE),
-        ("b", EvictReason.KV_PRESSURE),
-    ]
+    assert victims(plan) == ["a", "b"]
+    assert {eviction.reason for eviction in plan.evict} == {EvictReason.KV_PRESSURE}
     assert plan.load == ("x",)
     assert driver.cache.plan(["x"], -50, 1.0).freed_blocks == 9
     assert driver.cache.plan(["x"], -50, 1.0).blocked == "x"
+    assert driver.cache.plan(["a"], -50, 1.0).blocked == "a"  # resident, but leaves
 
 
 def test_reclaim_frees_what_it_can_and_says_how_much() -> None:
@@ -478,7 +477,7 @@ def serve(policy: str) -> tuple[float, int]:
     running: list[tuple[str, int]] = []
     for step in range(20_000):
         now_s = step / 10
-        if step < 4000 and step % 2 == 0:
+        if step < 2000 and step % 2 == 0:
             digest = rng.choices(names, [1 / (1 + rank) for rank in range(24)])[0]
             waiting.append((f"r{step}", digest))
             driver.cache.enqueue(f"r{step}", digest, now_s)
@@ -491,7 +490,7 @@ def serve(policy: str) -> tuple[float, int]:
             driver.cache.acquire(request_id, now_s)
             running.append((request_id, step + rng.randrange(1, 10)))
         driver.finish()
-        if step >= 4000 and not waiting and not running:
+        if step >= 2000 and not waiting and not running:
             stats = driver.cache.stats()
             assert stats.loads <= stats.misses  # no load was for nothing: each served a request that had missed
             return stats.hits / (stats.hits + stats.misses), step
@@ -524,6 +523,6 @@ def test_a_plan_costs_little_with_200_residents_and_1000_queued_requests() -> No
             plan = cache.plan(needed, 3, 2.0)
             durations.append(time.perf_counter() - begin)
     assert len(plan.evict) == len(plan.load) == 32
-    # Measured: 20 and 190 us here; the bounds leave room for a busy machine.
+    # Measured on a shared core: 34 us, and 160 us with 32 evictions and loads; the bounds allow for a busy machine.
     assert statistics.median(idle_s) < 200e-6
     assert statistics.median(evicting_s) < 2e-3
