@@ -59,7 +59,7 @@ class QueueSet:
     def run(self, entry: Entry, now_s: float) -> None:
         """A waiting request runs: it borrows from its own queue, then from queues where nobody waits.
 
-        What is still missing overdraws its own queue: a request that runs alone, or that the replica was held for.
+        What is still missing overdraws its own queue: a request that runs as the only one of it, or was held for.
         """
         entry.queue.remove(entry)
         entry.place = Place.RUNNING
@@ -101,11 +101,14 @@ class QueueSet:
     def allowance(self, queue: SizeQueue, spare: bool) -> int:
         """Tokens that the next request of ``queue`` may borrow; without limit when nobody runs.
 
+        A queue that lends nothing may lend all that is free, so that a request above its quota runs as its only one.
         spare: with what queues in which nobody waits have left. The total bounds all: after a refresh, loans can exceed
         some quotas while other queues still have theirs.
         """
         if not self.running:
             return UNLIMITED
+        if not queue.used_tokens:
+            return self.free_tokens
         tokens = queue.free_tokens
         if spare:
             tokens += sum(lender.free_tokens for lender in self.queues if not lender and lender is not queue)

@@ -7,12 +7,13 @@ The rules
    returns them whichever way it leaves: end, abort, preemption, squash.
 3. Each step offers requests smallest queue first. Phase 1: a queue admits from its head while its own quota lasts.
    Phase 2: what queues in which nobody waits have left is offered, in the same order, on top of a queue's own rest.
-   A queue stops at its first request that does not fit. When nobody runs, any request fits.
+   A queue stops at its first request that does not fit. A queue that lends nothing may exceed its quota by one request,
+   within the total; when nobody runs at all, any request fits.
 4. A request whose adapter is loading is passed over and keeps its place. Its first load stalls nobody, however slow.
 5. When a request's adapter cannot fit even without all idle adapters, younger ones of its queue may bypass it if they
    are predicted to end before its room is free. If that room comes earlier, they are squashed: back to their places.
-6. Nobody starves. Being overtaken for want of capacity is counted: not for a first load, nor for want of the own
-   queue's quota, which returns by itself; but also when a driver out of capacity did not get to a request. After
+6. Nobody starves. Admissions are counted that pass a request which only capacity keeps waiting: not a first load, nor
+   its own queue's quota, which returns by itself; but also a driver without capacity left to get to it. After
    ``max_overtakes`` nobody of its queue passes the request any more; after twice as many, the replica admits nobody
    else until it runs. So a request above any quota gets its turn, too.
 """
@@ -121,7 +122,7 @@ class RequestQueues:
             self._bypasses.start(entry, self._head)
         for queue in self._set.queues:
             for stuck in queue.stuck:
-                stuck.overtaken += stuck.arrival < entry.arrival
+                stuck.overtaken += 1
         return Admitted(entry.queue.index, waited_s, self._head is not None)
 
     def pass_over(self, request_id: str, obstacle: Obstacle) -> None:

@@ -31,7 +31,7 @@ class Entry:
     arrival: number of the request, in order of arrival. tokens: what it borrows while it runs.
     size: its WRS by the scales in force. admitted_s: when it last began to run.
     waiting_since_s: when it arrived or last came back.
-    overtaken: younger requests admitted while only capacity, not its queue's quota, kept it waiting.
+    overtaken: requests admitted while only capacity, not its queue's quota, kept it waiting.
     was_ready: its adapter was resident while it waited. was_squashed: it lost a bypass once.
     loans: (queue, tokens) that it borrowed. bypassed: the older request that it overtook by a bypass, while both live.
     """

@@ -125,13 +125,13 @@ def cluster(
     sizes: Sequence[float] | Floats,
     max_queues: int = 4,
     rule: Literal["elbow", "min_wcss"] = "elbow",
-    elbow_gain: float = 0.1,
+    elbow_gain: float = 0.5,
 ) -> Clustering:
     """One-dimensional K-means by dynamic programming: deterministic, and exact up to 128 distinct sizes.
 
-    rule: ``elbow`` takes the smallest K after which one more queue removes less than ``elbow_gain`` of one queue's
-        WCSS; ``min_wcss`` takes the K of least WCSS as the paper literally says (nearly always ``max_queues``).
-    The largest 1% of the sizes count as the next smaller one, so that a freak request gets no queue to itself.
+    rule: ``elbow`` takes the smallest K after which one more queue removes less than ``elbow_gain`` of the WCSS that is
+        left. Relative to what is left, a few huge requests get their queue and the many small ones still get theirs.
+        ``min_wcss`` takes the K of least WCSS as the paper literally says (nearly always ``max_queues``).
     Raises ValueError for sizes that are negative or not finite.
     """
     points = np.sort(np.asarray(sizes, dtype=np.float64))
@@ -139,7 +139,6 @@ def cluster(
         raise ValueError("sizes must be finite and not negative")
     if points.size == 0:
         return Clustering((), (), ())
-    points = np.minimum(points, points[points.size - 1 - points.size // 100])
     low, spread = points[0], points[-1] - points[0]
     if spread == 0:
         return Clustering((float(low),), (), (0.0,))
@@ -156,7 +155,7 @@ def _choose_k(shares: Sequence[float], rule: str, elbow_gain: float) -> int:
     if rule == "min_wcss":
         return 1 + shares.index(min(shares))
     for k, (share, next_share) in enumerate(pairwise(shares), start=1):
-        if share - next_share < elbow_gain:
+        if share - next_share < elbow_gain * share or share == 0:
             return k
     return len(shares)
 
@@ -202,7 +201,7 @@ class QueueLoad:
 class Quotas:
     """Token quotas, one per queue, adding up to the total.
 
-    minima: ``tok_min`` of each queue. scale: below 1, the minima exceeded the total and were scaled by it.
+    minima: ``tok_min`` of each queue. scale: total over minima, at most 1; below 1 they cannot all be met.
     """
 
     tokens: tuple[int, ...]
@@ -218,19 +217,44 @@ class Quotas:
 def token_quotas(total_tokens: int, loads: Sequence[QueueLoad], slo_s: float) -> Quotas:
     """Quotas from ``tok_min = S*D*(1/SLO + lambda)`` (an M/M/1 queue that holds the SLO); the rest in proportion.
 
-    Both the rest of a large total and the lack of a small one go by the minima, so quotas are proportional to them.
+    When the minima exceed the total, what the SLO adds (``S*D/SLO``) is scaled down first, so that every queue keeps
+    up with its arrivals for as long as that is possible; only then is what arrives (``S*D*lambda``) scaled as well.
+    One bound the formula lacks: no quota is below the queue's largest request while the total has room for one of each
+    queue; it could else only run on what other queues leave.
     Raises ValueError without queues or when ``total_tokens`` or ``slo_s`` is not positive.
     """
     if not loads or total_tokens <= 0 or slo_s <= 0:
         raise ValueError("quotas need at least one queue and a positive token total and SLO")
-    minima = tuple(load.max_request_tokens * load.duration_s * (1 / slo_s + load.arrivals_per_s) for load in loads)
+    arriving = [load.max_request_tokens * load.duration_s * load.arrivals_per_s for load in loads]
+    reserves = [load.max_request_tokens * load.duration_s / slo_s for load in loads]
+    minima = tuple(work + reserve for work, reserve in zip(arriving, reserves, strict=True))
     needed = sum(minima)
-    shares = [total_tokens * (low / needed if needed else 1 / len(minima)) for low in minima]
+    kept = min(1.0, max(0.0, total_tokens - sum(arriving)) / sum(reserves)) if needed > total_tokens else 1.0
+    weights = [work + kept * reserve for work, reserve in zip(arriving, reserves, strict=True)]
+    floors = [load.max_request_tokens for load in loads]
+    shares = _shares(total_tokens, weights, floors if sum(floors) <= total_tokens else [0] * len(loads))
     tokens = [int(share) for share in shares]
     by_remainder = sorted(range(len(shares)), key=lambda queue: (tokens[queue] - shares[queue], queue))
     for queue in by_remainder[: total_tokens - sum(tokens)]:
         tokens[queue] += 1
     return Quotas(tuple(tokens), minima, min(1.0, total_tokens / needed) if needed else 1.0)
+
+
+def _shares(total: int, weights: Sequence[float], floors: Sequence[int]) -> list[float]:
+    """``total`` split by weight, no part below its floor."""
+    at_floor: set[int] = set()
+    while True:
+        rest = total - sum(floors[queue] for queue in at_floor)
+        weight = sum(weight for queue, weight in enumerate(weights) if queue not in at_floor)
+        even = rest / max(1, len(weights) - len(at_floor))
+        shares = [
+            float(floors[queue]) if queue in at_floor else rest * weights[queue] / weight if weight else even
+            for queue in range(len(weights))
+        ]
+        below = {queue for queue, share in enumerate(shares) if share < floors[queue]}
+        if not below:
+            return shares
+        at_floor |= below
 
 
 class LoadWindow:

@@ -171,7 +171,7 @@ def test_an_adapter_that_is_lost_again_and_again_makes_the_queue_wait():
 
 
 def busy_replica(room, **options):
-    """0.1 s per token learned from 40 requests; ``hog`` runs, predicted to end at 2 s; ``head`` lacks room until then."""
+    """40 requests taught 0.1 s per token; ``hog`` runs until 2 s by prediction; ``head`` lacks room until then."""
     waiting = queues(room=room, total_tokens=4000, **options)
     for number in range(40):
         add(waiting, request(f"past{number}", 20))

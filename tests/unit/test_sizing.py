@@ -70,7 +70,7 @@ def test_elbow_stops_where_the_literal_rule_goes_on():
 
 
 def test_uniform_sizes_make_three_queues_by_the_elbow_rule():
-    # Uniform: WCSS(K) = WCSS(1)/K**2, so the gains are 0.75, 0.139, 0.049.
+    # Uniform: WCSS(K) = WCSS(1)/K**2, so one more queue removes 3/4, 5/9, 7/16 of what is left.
     found = cluster(np.linspace(0, 1, 1200))
     assert found.wcss_shares == pytest.approx((1, 1 / 4, 1 / 9, 1 / 16), rel=0.05)
     assert len(found.centroids) == 3
@@ -86,9 +86,9 @@ def test_huge_sizes_stay_finite():
     assert all(np.isfinite(found.cutoffs)) and list(found.cutoffs) == sorted(found.cutoffs)
 
 
-def test_one_freak_request_gets_no_queue_to_itself():
+def test_one_huge_request_does_not_merge_all_others_into_one_queue():
     sizes = [0.1] * 100 + [0.2] * 100
-    assert cluster([*sizes, 1e9]).cutoffs == pytest.approx(cluster(sizes).cutoffs, rel=0.01)
+    assert cluster([*sizes, 1e4]).cutoffs == pytest.approx((0.15, 5000.1))
 
 
 @pytest.mark.parametrize("sizes", [[float("nan"), 1.0], [float("inf")], [-1.0, 2.0]])
@@ -131,10 +131,21 @@ def test_quotas_follow_the_formula_and_share_the_rest_in_proportion():
     assert quotas.feasible and quotas.scale == 1.0
 
 
-def test_infeasible_minima_are_scaled_and_reported():
-    quotas = token_quotas(960, [QueueLoad(100, 1.0, 3.0), QueueLoad(1000, 4.0, 0.2)], slo_s=5.0)
-    assert quotas.tokens == (160, 800)
-    assert not quotas.feasible and quotas.scale == pytest.approx(0.5)
+def test_infeasible_minima_give_up_the_slo_first_and_are_reported():
+    # What arrives: 100*1*3 = 300 and 1000*4*0.2 = 800. What the SLO adds: 20 and 800; 410 are left for it: half.
+    loads = [QueueLoad(100, 1.0, 3.0), QueueLoad(1000, 4.0, 0.2)]
+    quotas = token_quotas(1510, loads, slo_s=5.0)
+    assert quotas.tokens == (310, 1200)
+    assert not quotas.feasible and quotas.scale == pytest.approx(1510 / 1920)
+    # Not even what arrives fits: 300 to 800.
+    assert token_quotas(1099, loads, slo_s=5.0).tokens == (300, 799)
+    assert token_quotas(550, loads, slo_s=5.0).tokens == (150, 400)
+
+
+def test_no_quota_is_below_the_queues_largest_request():
+    # By minima alone 8 and 952 of 960; the small queue's largest request has 100 tokens.
+    quotas = token_quotas(960, [QueueLoad(100, 0.1, 0.0), QueueLoad(800, 1.5, 0.0)], slo_s=1.0)
+    assert quotas.tokens == (100, 860)
 
 
 @given(
@@ -144,6 +155,9 @@ def test_infeasible_minima_are_scaled_and_reported():
 def test_quotas_always_add_up_to_the_total(total, loads):
     quotas = token_quotas(total, loads, slo_s=5.0)
     assert sum(quotas.tokens) == total and min(quotas.tokens) >= 0
+    largest = [load.max_request_tokens for load in loads]
+    if sum(largest) <= total:
+        assert all(quota >= tokens for quota, tokens in zip(quotas.tokens, largest, strict=True))
 
 
 @pytest.mark.parametrize(
