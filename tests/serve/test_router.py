@@ -195,7 +195,7 @@ def test_a_burst_over_the_limit_fills_all_replicas(handle: DeploymentHandle) -> 
     counts = Counter(response.result(timeout_s=ANSWER_LIMIT_S)[0] for response in burst)
     for response in others:
         response.result(timeout_s=ANSWER_LIMIT_S)
-    assert time.monotonic() - start_s < 5.0
+    assert time.monotonic() - start_s < 15.0
     assert len(counts) == 3 and min(counts.values()) >= MAX_ONGOING
 
 
