@@ -27,7 +27,11 @@ from chameleon_ray.redis_server import free_port
 
 START_LIMIT_S = 600.0
 STOP_LIMIT_S = 60.0
+LAST_LINES = 40
+DASHBOARD_PORT = 8265
 METRICS_PORT = 8090
+OBJECT_STORE_BYTES = 100_000_000
+"""Ray's shared memory; requests and answers are far too small to go through it."""
 PR_SET_CHILD_SUBREAPER = 36
 
 SETTINGS = {
@@ -51,7 +55,7 @@ class Launcher:
         self._config_path = config_path
         self._say = say
         self._stopping = False
-        self._children: list[subprocess.Popen[bytes]] = []
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._logs = Path(tempfile.mkdtemp(prefix="cham-"))
         serve_config = _read_config(config_path)
         options = serve_config.get("http_options") or {}
@@ -92,13 +96,26 @@ class Launcher:
             )
         self._environment = SETTINGS | self._haproxy_settings() | dict(os.environ)
         self._ensure_token()
+        self._dashboard_port, self._metrics_port = _free_or(DASHBOARD_PORT), _free_or(METRICS_PORT)
         gcs_port = free_port()
+        ports = {
+            "port": gcs_port,
+            "dashboard-port": self._dashboard_port,
+            "metrics-export-port": self._metrics_port,
+            "ray-client-server-port": free_port(),
+            "dashboard-agent-listen-port": free_port(),
+        }
         self._say(f"starting Ray and the application; logs: {self._logs}")
         self._spawn(
-            "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs_port}",
-            "--dashboard-host=127.0.0.1", f"--metrics-export-port={METRICS_PORT}", "--object-store-memory=100000000",
-            "--disable-usage-stats",
-        )  # fmt: skip
+            "ray",
+            "start",
+            "--head",
+            "--block",
+            "--node-ip-address=127.0.0.1",
+            "--dashboard-host=127.0.0.1",
+            f"--object-store-memory={OBJECT_STORE_BYTES}",
+            *(f"--{name}={port}" for name, port in ports.items()),
+        )
         self._until(lambda: _in_use("127.0.0.1", gcs_port), 60.0, "Ray's head")
         self._spawn("serve", "run", f"--address=127.0.0.1:{gcs_port}", str(self._config_path))
 
@@ -129,15 +146,13 @@ class Launcher:
         """Start a command of this environment in a session of its own, so that Ctrl-C reaches only this process."""
         program = Path(sys.executable).parent / command[0]
         with (self._logs / f"{command[0]}.log").open("wb") as log:
-            self._children.append(
-                subprocess.Popen(
-                    [str(program), *command[1:]],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=self._environment,
-                    start_new_session=True,
-                )
+            self._children[command[0]] = subprocess.Popen(
+                [str(program), *command[1:]],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment,
+                start_new_session=True,
             )
 
     def _wait_ready(self, began_s: float) -> bool:
@@ -162,21 +177,20 @@ class Launcher:
                 return False
             self._check_children()
             if time.monotonic() > deadline_s:
-                raise LaunchError(f"{what} was not ready within {limit_s:.0f} s.\n{self._last_words()}")
+                last = list(self._children)[-1]
+                raise LaunchError(f"{what} was not ready within {limit_s:.0f} s.\n{self._last_words(last)}")
             time.sleep(0.25)
         return True
 
     def _check_children(self) -> None:
-        for child in self._children:
+        for name, child in self._children.items():
             if child.poll() is not None:
-                raise LaunchError(f"{Path(child.args[0]).name} ended by itself.\n{self._last_words()}")  # type: ignore[index]
+                raise LaunchError(f"`{name}` ended by itself.\n{self._last_words(name)}")
 
-    def _last_words(self) -> str:
-        parts = [
-            f"--- {log.name}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-25:])
-            for log in sorted(self._logs.glob("*.log"))
-        ]
-        return "\n".join([*parts, f"Whole logs: {self._logs} and /tmp/ray/session_latest/logs/serve"])
+    def _last_words(self, name: str) -> str:
+        log = self._logs / f"{name}.log"
+        lines = log.read_text(errors="replace").splitlines()[-LAST_LINES:]
+        return "\n".join([*lines, f"Whole logs: {log} and /tmp/ray/session_latest/logs/serve"])
 
     def _greet(self, seconds: float) -> None:
         models = [card["id"] for card in httpx.get(f"{self.url}/v1/models").json()["data"]]
@@ -186,7 +200,8 @@ class Launcher:
             f"  curl {self.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n"
             f"  curl {self.url}/v1/models\n"
             f"  curl {self.url}/v1/chameleon/placement\n\n"
-            f"Ray dashboard: http://127.0.0.1:8265 (its key: ~/.ray/auth_token); metrics: http://127.0.0.1:{METRICS_PORT}/metrics\n"
+            f"Ray dashboard: http://127.0.0.1:{self._dashboard_port} (its key: ~/.ray/auth_token)\n"
+            f"metrics: http://127.0.0.1:{self._metrics_port}/metrics\n"
             "Ctrl-C stops everything."
         )
 
@@ -199,14 +214,14 @@ class Launcher:
         if self._children:
             self._say("stopping")
         everyone = psutil.Process().children(recursive=True)
-        for child in reversed(self._children):
+        for name, child in reversed(self._children.items()):
             if child.poll() is None:
-                child.send_signal(signal.SIGINT if child is self._children[-1] else signal.SIGTERM)
+                child.send_signal(signal.SIGINT if name == "serve" else signal.SIGTERM)
                 try:
                     child.wait(STOP_LIMIT_S)
                 except subprocess.TimeoutExpired:
                     child.kill()
-            everyone += [process for process in psutil.Process().children(recursive=True) if process not in everyone]
+        everyone += [process for process in psutil.Process().children(recursive=True) if process not in everyone]
         for process in everyone:
             _quietly(process.terminate)
         _, alive = psutil.wait_procs(everyone, timeout=5.0)
@@ -245,6 +260,11 @@ def _in_use(host: str, port: int) -> bool:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.settimeout(1.0)
         return probe.connect_ex(("127.0.0.1" if host == "0.0.0.0" else host, port)) == 0
+
+
+def _free_or(port: int) -> int:
+    """The usual port, or another one when it is taken."""
+    return free_port() if _in_use("127.0.0.1", port) else port
 
 
 def _adopt_orphans() -> None:

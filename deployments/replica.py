@@ -106,7 +106,7 @@ class Replica:
         try:
             return await asyncio.to_thread(self._library.inspect, name, uri)
         except AdapterError as error:
-            return _api_error(error)
+            return _api_error(error, param="lora_path")
 
     async def prepare_adapter(self, record: AdapterRecord) -> ApiError | None:
         """Make the adapter's files local and have the engine load it once: after this it can be served from here."""
@@ -115,7 +115,7 @@ class Replica:
             async with self._adapters.use(record):
                 return None
         except AdapterError as error:
-            return _api_error(error)
+            return _api_error(error, param="lora_path")
 
     async def check_health(self) -> None:
         """Serve's health check: the engine's own."""
@@ -204,6 +204,6 @@ class Replica:
         )
 
 
-def _api_error(error: AdapterError) -> ApiError:
+def _api_error(error: AdapterError, param: str = "model") -> ApiError:
     retry_after_s = error.retry_after_s if isinstance(error, AdapterRetryLaterError) else None
-    return ApiError(error.http_status, str(error), error.code, param="model", retry_after_s=retry_after_s)
+    return ApiError(error.http_status, str(error), error.code, param=param, retry_after_s=retry_after_s)
