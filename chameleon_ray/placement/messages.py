@@ -1,6 +1,6 @@
 """What is written to Redis and announced on the change channel, as JSON."""
 
-from collections.abc import Mapping
+import json
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Json, TypeAdapter, ValidationError
@@ -9,6 +9,8 @@ from chameleon_ray.adapters.record import AdapterRecord
 from chameleon_ray.placement.view import ReplicaReport
 from chameleon_ray.policy.adapter import Tier
 from chameleon_ray.policy.routing import ReplicaLoad
+
+_TIERS = {str(int(tier)): tier for tier in Tier}
 
 
 class GarbageError(ValueError):
@@ -94,12 +96,13 @@ def decode_record(name: bytes, data: bytes) -> AdapterRecord:
     return record
 
 
-def decode_report(replica_id: str, beat: bytes, tiers: Mapping[bytes, bytes]) -> tuple[Beat, dict[str, Tier]]:
-    """A replica's heartbeat key and tiers hash. GarbageError."""
+def decode_report(replica_id: str, beat: bytes, tiers: bytes) -> tuple[Beat, dict[str, Tier]]:
+    """A replica's heartbeat key and its tiers hash as a JSON list [digest, tier, digest, ...]. GarbageError."""
     try:
         decoded = Beat.model_validate_json(beat)
-        held = {digest.decode(): Tier(int(tier)) for digest, tier in tiers.items()}
-    except ValueError as error:  # ValidationError and UnicodeDecodeError are ValueErrors, too
+        words = list(json.loads(tiers))
+        held = {str(digest): _TIERS[tier] for digest, tier in zip(words[::2], words[1::2], strict=True)}
+    except (ValueError, KeyError) as error:  # ValidationError and UnicodeDecodeError are ValueErrors, too
         raise GarbageError(f"report of replica {replica_id!r}: {error}") from None
     if decoded.replica_id != replica_id:
         raise GarbageError(f"report of replica {replica_id!r} is about {decoded.replica_id!r}")

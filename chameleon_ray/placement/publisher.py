@@ -1,6 +1,7 @@
 """A replica's side of placement: its heartbeat, load and tiers."""
 
 import asyncio
+import json
 import logging
 import secrets
 from collections.abc import Mapping
@@ -103,7 +104,6 @@ class ReplicaPublisher:
         self._stored_beat, self._stored_tiers = beat_json, tiers
 
     async def _send(self, beat_json: str, message: str, expected_beat: str, changed: Mapping[str, Tier]) -> bool:
-        words = [word for digest, tier in changed.items() for word in (digest, int(tier))]
         ttl_ms = max(1, round(self._ttl_s * 1000))
         stored = await self._publish_script(
             keys=self._replica_keys(),
@@ -115,7 +115,7 @@ class ReplicaPublisher:
                 beat_json,
                 expected_beat,
                 len(self._stored_tiers),
-                *words,
+                json.dumps(changed),
             ],
         )
         return bool(stored)

@@ -9,6 +9,7 @@ import redis
 from chameleon_ray.adapters.record import AdapterRecord
 from chameleon_ray.placement.keys import Keys
 from chameleon_ray.placement.messages import Beat, GarbageError, decode_record, decode_report
+from chameleon_ray.placement.scripts import READ_REPLICA
 from chameleon_ray.policy.adapter import Tier
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class SnapshotReader:
     def __init__(self, client: redis.Redis, keys: Keys) -> None:
         self._client = client
         self._keys = keys
+        self._read_replica = client.register_script(READ_REPLICA)
 
     def catalog_position(self) -> tuple[CatalogPosition, int]:
         """The catalog's position and how many records it has."""
@@ -66,14 +68,12 @@ class SnapshotReader:
 
     def report(self, replica_id: str) -> tuple[Beat, dict[str, Tier]] | None:
         """A replica's last report and all its tiers; None when it has expired."""
-        pipeline = self._client.pipeline(transaction=True)
-        pipeline.get(self._keys.heartbeat(replica_id))
-        pipeline.hgetall(self._keys.tiers(replica_id))
-        beat_json, entries = pipeline.execute()
-        if beat_json is None:
+        found = self._read_replica(keys=[self._keys.heartbeat(replica_id), self._keys.tiers(replica_id)])
+        if found is None:
             return None
+        beat_json, entries_json = found
         try:
-            return decode_report(replica_id, beat_json, entries)
+            return decode_report(replica_id, beat_json, entries_json)
         except GarbageError as error:
             logger.error("ignored: %s", error)
             return None

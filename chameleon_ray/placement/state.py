@@ -40,6 +40,16 @@ class _CopyOnWrite(Generic[K, V]):
         return self._frozen
 
 
+_NOTHING: MappingProxyType[str, Tier] = MappingProxyType({})
+
+
+def _hold(held: dict[str, Tier], key: str, tier: Tier) -> None:
+    if tier is Tier.ABSENT:
+        held.pop(key, None)
+    else:
+        held[key] = tier
+
+
 class ClusterState:
     """Not thread-safe. ``view`` gives an immutable picture, cheap when little changed."""
 
@@ -47,7 +57,8 @@ class ClusterState:
         self._catalog: _CopyOnWrite[str, AdapterRecord] = _CopyOnWrite()
         self._tombstones: _CopyOnWrite[str, AdapterRecord] = _CopyOnWrite()
         self._replicas: _CopyOnWrite[str, ReplicaStatus] = _CopyOnWrite()
-        self._holders: _CopyOnWrite[str, Mapping[str, Tier]] = _CopyOnWrite()
+        self._holders: _CopyOnWrite[str, MappingProxyType[str, Tier]] = _CopyOnWrite()
+        self._tiers: dict[str, MappingProxyType[str, Tier]] = {}
         self._reports: dict[str, tuple[str, int]] = {}
         self._catalog_version = 0
         self._connected = False
@@ -122,7 +133,7 @@ class ClusterState:
         if run == beat.run and seq >= beat.seq:
             return
         held: dict[str, Tier] = {sys.intern(d): tier for d, tier in tiers.items() if tier is not Tier.ABSENT}
-        before = self._tiers(beat.replica_id)
+        before = self._tiers.get(beat.replica_id, _NOTHING)
         changed: dict[str, Tier] = {digest: tier for digest, tier in held.items() if before.get(digest) is not tier}
         changed.update((digest, Tier.ABSENT) for digest in before.keys() - held.keys())
         self._index(beat.replica_id, changed)
@@ -136,10 +147,12 @@ class ClusterState:
             return True
         if changed is None or run != beat.run or beat.seq != seq + 1:
             return False
-        tiers = self._tiers(beat.replica_id)
+        tiers = self._tiers[beat.replica_id]
         if changed:
-            held = {**tiers, **{sys.intern(digest): tier for digest, tier in changed.items()}}
-            tiers = MappingProxyType({digest: tier for digest, tier in held.items() if tier is not Tier.ABSENT})
+            held = tiers.copy()
+            for digest, tier in changed.items():
+                _hold(held, sys.intern(digest), tier)
+            tiers = MappingProxyType(held)
             self._index(beat.replica_id, changed)
         self._set_status(beat, tiers, now_s)
         return True
@@ -151,7 +164,7 @@ class ClusterState:
     def drop_replica(self, replica_id: str) -> None:
         """Remove a replica and all it holds."""
         if replica_id in self._replicas.entries:
-            self._index(replica_id, dict.fromkeys(self._tiers(replica_id), Tier.ABSENT))
+            self._index(replica_id, dict.fromkeys(self._tiers.pop(replica_id), Tier.ABSENT))
             del self._replicas.edit()[replica_id]
             del self._reports[replica_id]
 
@@ -162,14 +175,11 @@ class ClusterState:
             for digest, tier in status.tiers.items():
                 expected.setdefault(digest, {})[replica_id] = tier
         assert {digest: dict(held) for digest, held in self._holders.entries.items()} == expected
-        assert self._reports.keys() == self._replicas.entries.keys()
+        assert self._reports.keys() == self._tiers.keys() == self._replicas.entries.keys()
         assert not self._catalog.entries.keys() & self._tombstones.entries.keys()
 
-    def _tiers(self, replica_id: str) -> Mapping[str, Tier]:
-        status = self._replicas.entries.get(replica_id)
-        return MappingProxyType({}) if status is None else status.tiers
-
-    def _set_status(self, beat: Beat, tiers: Mapping[str, Tier], now_s: float) -> None:
+    def _set_status(self, beat: Beat, tiers: MappingProxyType[str, Tier], now_s: float) -> None:
+        self._tiers[beat.replica_id] = tiers
         self._reports[beat.replica_id] = (beat.run, beat.seq)
         self._replicas.edit()[beat.replica_id] = ReplicaStatus(
             replica_id=beat.replica_id,
@@ -186,11 +196,8 @@ class ClusterState:
             return
         holders = self._holders.edit()
         for digest, tier in changed.items():
-            held = dict(holders.get(digest, {}))
-            if tier is Tier.ABSENT:
-                held.pop(replica_id, None)
-            else:
-                held[replica_id] = tier
+            held = holders.get(digest, _NOTHING).copy()
+            _hold(held, replica_id, tier)
             if held:
                 holders[sys.intern(digest)] = MappingProxyType(held)
             else:
