@@ -1,0 +1,126 @@
+"""vLLM's KV connector as the wire between the scheduler's ``AdapterMemory`` and the workers' ``AdapterHost``.
+
+No KV is transferred: a connector is vLLM's way to lend blocks out, to send something along with every step, and to hear
+back from all ranks. Translation only.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+)
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import KVConnectorOutput
+
+from chameleon_ray.engine.paged.host import AdapterHost
+from chameleon_ray.engine.paged.memory import AdapterMemory
+from chameleon_ray.engine.paged.messages import ModelLayout, PagedUnsupportedError, StepOrders, StepResults
+from chameleon_ray.engine.paged.options import PagedSettings
+from chameleon_ray.engine.paged.stats import AdapterStats, StatsReporter
+
+if TYPE_CHECKING:
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+
+class PagedConnector(KVConnectorBase_V1):
+    """One in the scheduler's process (``memory`` is set), one per worker (``host`` is set)."""
+
+    memory: AdapterMemory
+    host: AdapterHost
+    kv_caches: dict[str, torch.Tensor]
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        if len(kv_cache_config.kv_cache_groups) != 1:
+            raise PagedUnsupportedError("its layers do not share one table of KV blocks")
+        self.settings = PagedSettings.of(vllm_config)
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False
+
+    # Scheduler's process
+
+    def bind_gpu_block_pool(self, gpu_block_pool: "BlockPool") -> None:
+        self._pool = gpu_block_pool
+
+    def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
+        layouts = list(metadata.values())
+        layout = layouts[0]
+        assert isinstance(layout, ModelLayout) and all(other == layout for other in layouts), "ranks must agree"
+        self.memory = AdapterMemory(layout, len(layouts), self._pool, self.settings)
+        self._reporter = StatsReporter(self.memory)
+
+    def on_new_request(self, request: "Request") -> None:
+        self.memory.add(request)
+
+    def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
+        # The waiting queue shows admissible requests only; this is for those that come by another way.
+        return (0 if self.memory.is_ready(request) else None), False
+
+    def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
+        self.memory.start(request.request_id)
+
+    def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        self.memory.release(request.request_id)
+        return False, None
+
+    def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
+        return self.memory.take_orders()
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        if connector_output.kv_connector_worker_meta is not None:
+            assert isinstance(connector_output.kv_connector_worker_meta, StepResults)
+            self.memory.apply(connector_output.kv_connector_worker_meta)
+
+    def has_pending_push_work(self) -> bool:
+        return self.memory.is_busy
+
+    def get_kv_connector_stats(self) -> AdapterStats | None:
+        return self._reporter.take() if self.role is KVConnectorRole.SCHEDULER else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> AdapterStats:
+        return AdapterStats(data=data or {})
+
+    # Workers
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        self.kv_caches = kv_caches
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata:
+        return self.host.layout
+
+    def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
+        orders = self._get_connector_metadata()
+        assert isinstance(orders, StepOrders)
+        self._had_forward = forward_context.attn_metadata is not None
+        self.host.start(orders)
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        return self.host.take_results(may_wait=not self._had_forward) or None
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        pass
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_for_save(self) -> None:
+        pass
+
+    def shutdown(self) -> None:
+        if self.role is KVConnectorRole.SCHEDULER:
+            self.memory.close()
+        else:
+            self.host.close()

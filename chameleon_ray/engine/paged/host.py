@@ -1,0 +1,233 @@
+"""Worker side: adapters from disk into host memory, and from there into blocks of the KV cache, beside the batch.
+
+Files are read by background threads into host memory that is already in page order and sharded for this rank. Copies
+into blocks run in one background thread on a CPU, on a side stream on a GPU: the only difference between the two is
+``_CpuCopier`` and ``_GpuCopier``. Everything else here is called by the worker's own thread.
+"""
+
+import contextlib
+import ctypes
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from chameleon_kernels import AdapterRows
+
+from chameleon_ray.engine.paged.checkpoint import LayerModule, PackPlan, pack_plan, read_pages
+from chameleon_ray.engine.paged.messages import Fetch, Load, ModelLayout, StepOrders, StepResults
+from chameleon_ray.engine.paged.pages import PageGeometry
+
+BACKGROUND_NICENESS = 10
+"""Threads that read and copy give way to the ones that compute; niceness is per thread on Linux."""
+IDLE_WAIT_S = 0.002
+"""A step without a forward pass waits so long for a result, else the engine's loop would spin."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostCopy:
+    """An adapter in host memory. pages: [num_layers, num_pages, page_elems] in page order."""
+
+    plan: PackPlan
+    pages: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    adapter_id: int
+    what: str
+    seconds: float
+    error: str | None = None
+    copy: HostCopy | None = None
+    rows: AdapterRows | None = None
+
+
+class _Copier(Protocol):
+    def submit(
+        self, copy: HostCopy, page_starts: np.ndarray, done: Callable[[AdapterRows | None, str | None], None]
+    ) -> None:
+        """Copy into the blocks; ``done`` is called, in any thread, with the table or with an error."""
+
+    def poll(self) -> None:
+        """Call ``done`` for copies that have finished meanwhile."""
+
+
+class AdapterHost:
+    """All adapters of one worker. ``resident``: adapter number -> rows, what the LoRA layers compute with."""
+
+    def __init__(
+        self,
+        layout: ModelLayout,
+        geometry: PageGeometry,
+        modules: list[LayerModule],
+        kv_layers: list[torch.Tensor],
+        *,
+        num_readers: int,
+        check_finite: bool,
+    ) -> None:
+        self.layout = layout
+        self.resident: dict[int, AdapterRows] = {}
+        self.version = 0  # Grows with every change of ``resident``.
+        self._geometry = geometry
+        self._modules = modules
+        self._check_finite = check_finite
+        self._dtype = kv_layers[0].dtype
+        self._copies: dict[int, HostCopy] = {}
+        self._done: queue.SimpleQueue[_Done] = queue.SimpleQueue()
+        self._num_pending = 0
+        on_cpu = kv_layers[0].device.type == "cpu"
+        self._pin = not on_cpu
+        self._readers = ThreadPoolExecutor(num_readers, "adapter-reader", initializer=_background_thread)
+        self._copier: _Copier = _CpuCopier(kv_layers) if on_cpu else _GpuCopier(kv_layers, geometry)
+
+    def start(self, orders: StepOrders) -> None:
+        """Carry the orders out; reads and copies end later, see ``take_results``."""
+        for adapter_id in orders.evict:
+            self.resident.pop(adapter_id, None)  # Absent where this rank's copy had failed.
+            self.version += 1
+        for adapter_id in orders.drop:
+            self._copies.pop(adapter_id, None)  # Absent where this rank's read had failed.
+        for load in orders.load:
+            self._load(load)
+        for fetch in orders.fetch:
+            self._num_pending += 1
+            self._readers.submit(self._fetch, fetch)
+
+    def take_results(self, may_wait: bool) -> StepResults:
+        """What has finished since the last call; waits a moment for the first one if ``may_wait``."""
+        results = StepResults()
+        self._copier.poll()
+        wait_s = IDLE_WAIT_S if may_wait and self._num_pending else 0.0
+        while True:
+            try:
+                done = self._done.get(timeout=wait_s) if wait_s else self._done.get_nowait()
+            except queue.Empty:
+                return results
+            wait_s = 0.0
+            self._num_pending -= 1
+            self._settle(done, results)
+
+    def close(self) -> None:
+        """Stop the background threads; reads under way end first."""
+        self._readers.shutdown(wait=True, cancel_futures=True)
+
+    def _settle(self, done: _Done, results: StepResults) -> None:
+        if done.error is not None:
+            results.errors[done.adapter_id] = done.error
+        if done.what == "fetch":
+            results.fetched[done.adapter_id] += 1
+            if done.copy is not None:
+                self._copies[done.adapter_id] = done.copy
+        else:
+            results.loaded[done.adapter_id] += 1
+            if done.rows is not None:
+                self.resident[done.adapter_id] = done.rows
+                self.version += 1
+        results.seconds.append((done.what, done.seconds))
+
+    def _load(self, load: Load) -> None:
+        copy, began_s = self._copies[load.adapter_id], time.monotonic()
+        starts = self._geometry.page_starts(load.block_ids)[: copy.plan.rows.num_pages]
+        self._num_pending += 1
+
+        def done(rows: AdapterRows | None, error: str | None) -> None:
+            self._done.put(_Done(load.adapter_id, "load", time.monotonic() - began_s, error, rows=rows))
+
+        self._copier.submit(copy, starts, done)
+
+    def _fetch(self, fetch: Fetch) -> None:
+        began_s = time.monotonic()
+        copy, error = None, None
+        try:
+            plan = pack_plan(self.layout, fetch.slice_ranks)
+            shape = (self.layout.num_layers, plan.rows.num_pages, self.layout.page_elems)
+            pages = torch.empty(shape, dtype=self._dtype, pin_memory=self._pin)
+            read_pages(Path(fetch.folder), self.layout, self._modules, fetch.slice_ranks, pages, self._check_finite)
+            copy = HostCopy(plan, pages)
+        except Exception as problem:  # Whatever is wrong with one adapter's files must not end the engine.
+            error = str(problem) or repr(problem)
+        self._done.put(_Done(fetch.adapter_id, "fetch", time.monotonic() - began_s, error, copy=copy))
+
+
+class _CpuCopier:
+    """memcpy in a background thread."""
+
+    def __init__(self, kv_layers: list[torch.Tensor]) -> None:
+        self._layers = [layer.data_ptr() for layer in kv_layers]
+        self._element_bytes = kv_layers[0].element_size()
+        self._keep = kv_layers
+        self._thread = ThreadPoolExecutor(1, "adapter-copier", initializer=_background_thread)
+
+    def submit(
+        self, copy: HostCopy, page_starts: np.ndarray, done: Callable[[AdapterRows | None, str | None], None]
+    ) -> None:
+        def run() -> None:
+            # The rows of memory are those of blocks that the scheduler lent to this adapter alone, so nothing races.
+            page_bytes = copy.pages.shape[2] * self._element_bytes
+            byte_starts = (page_starts * self._element_bytes).tolist()
+            source = copy.pages.data_ptr()
+            for base in self._layers:
+                for start in byte_starts:
+                    ctypes.memmove(base + start, source, page_bytes)
+                    source += page_bytes
+            done(AdapterRows.build(copy.plan.rows, page_starts, "cpu"), None)
+
+        self._thread.submit(run).add_done_callback(lambda future: _report(future, done))
+
+    def poll(self) -> None:
+        pass
+
+
+class _GpuCopier:
+    """Copies on a side stream, after everything that the compute stream has been given so far: a block that is lent now
+    may still be written by a step under way. The table is used by later steps only, once the copy's event has passed.
+    """
+
+    def __init__(self, kv_layers: list[torch.Tensor], geometry: PageGeometry) -> None:
+        self._geometry = geometry
+        self._layers = kv_layers
+        self._device = kv_layers[0].device
+        self._stream = torch.cuda.Stream(self._device)
+        self._flying: list[tuple[torch.cuda.Event, AdapterRows, Callable[[AdapterRows | None, str | None], None]]] = []
+
+    def submit(
+        self, copy: HostCopy, page_starts: np.ndarray, done: Callable[[AdapterRows | None, str | None], None]
+    ) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            starts = torch.from_numpy(page_starts).pin_memory().to(self._device, non_blocking=True)
+            rows = AdapterRows.build(copy.plan.rows, page_starts, self._device)
+            for layer, pages in zip(self._layers, copy.pages, strict=True):
+                staged = pages.to(self._device, non_blocking=True)
+                window = torch.arange(staged.shape[1], device=self._device)
+                memory = layer.as_strided(
+                    (layer.untyped_storage().nbytes() // layer.element_size() - layer.storage_offset(),), (1,)
+                )
+                memory.index_copy_(0, (starts[:, None] + window).view(-1), staged.view(-1))
+            event = torch.cuda.Event()
+            event.record(self._stream)
+        rows.offsets.record_stream(torch.cuda.current_stream(self._device))
+        self._flying.append((event, rows, done))
+
+    def poll(self) -> None:
+        while self._flying and self._flying[0][0].query():
+            _, rows, done = self._flying.pop(0)
+            done(rows, None)
+
+
+def _report(future: Future[None], done: Callable[[AdapterRows | None, str | None], None]) -> None:
+    if (problem := future.exception()) is not None:
+        done(None, str(problem))
+
+
+def _background_thread() -> None:
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BACKGROUND_NICENESS)
+    with contextlib.suppress(AttributeError):  # One thread for torch here: OpenMP keeps the number per calling thread.
+        ctypes.CDLL(None).omp_set_num_threads(1)

@@ -1,0 +1,128 @@
+"""The settings, the vLLM arguments that keep adapters in KV memory, and what cannot be served so.
+
+Imports no vLLM: the arguments are plain values, for ``AsyncEngineArgs``, ``LLM(...)`` or the command line.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from chameleon_ray.policy.cache_types import CacheConfig
+from chameleon_ray.policy.eviction import PAPER_WEIGHTS, Weights
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+PACKAGE = "chameleon_ray.engine.paged"
+SETTINGS_KEY = "chameleon"
+
+
+@dataclass(frozen=True, slots=True)
+class PagedSettings:
+    """What an operator decides about adapters in KV memory; vLLM carries it in ``additional_config``.
+
+    memory_share: most of the KV pool's blocks that adapters may hold.
+    host_bytes: most bytes of host copies per tensor-parallel rank, page-locked on a GPU machine.
+    max_rank: adapters of a larger rank are refused; sizes scratch memory, costs no work.
+    readers: background threads that read adapters, per rank.
+    check_finite: refuse adapters with NaN or infinite weights.
+    retry_after_s: pause before an adapter that failed is tried again.
+    policy, frequency_weight, recency_weight, size_weight, frequency_window_s, prefetch, histogram_prefetch: see
+    ``policy.cache_types.CacheConfig``.
+    """
+
+    memory_share: float = 0.5
+    host_bytes: int = 4 << 30
+    max_rank: int = 256
+    readers: int = 2
+    check_finite: bool = True
+    retry_after_s: float = 5.0
+    policy: str = "chameleon"
+    frequency_weight: float = PAPER_WEIGHTS.frequency
+    recency_weight: float = PAPER_WEIGHTS.recency
+    size_weight: float = PAPER_WEIGHTS.size
+    frequency_window_s: float = 300.0
+    prefetch: bool = True
+    histogram_prefetch: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.memory_share <= 1:
+            raise ValueError(f"memory_share must be over 0 and at most 1, not {self.memory_share}")
+        for name in ("host_bytes", "max_rank", "readers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    @classmethod
+    def of(cls, vllm_config: "VllmConfig") -> "PagedSettings":
+        """Those that a vLLM configuration carries. Raises ValueError for an unknown name."""
+        extra = vllm_config.additional_config
+        given = extra.get(SETTINGS_KEY, {}) if isinstance(extra, Mapping) else {}
+        known = {field.name for field in fields(cls)}
+        for name in given:
+            if name not in known:
+                raise ValueError(f"additional_config.{SETTINGS_KEY}: unknown setting {name!r}; known: {sorted(known)}")
+        return cls(**given)
+
+    def cache_config(self, num_blocks: int) -> CacheConfig:
+        """For a pool of so many blocks."""
+        return CacheConfig(
+            max_blocks=max(1, int(self.memory_share * num_blocks)),
+            host_bytes=self.host_bytes,
+            policy=self.policy,
+            weights=Weights(self.frequency_weight, self.recency_weight, self.size_weight),
+            frequency_window_s=self.frequency_window_s,
+            retry_after_s=self.retry_after_s,
+            max_fetches=2 * self.readers,
+            prefetch=self.prefetch,
+            histogram_prefetch=self.histogram_prefetch,
+        )
+
+
+def paged_arguments(settings: PagedSettings | None = None) -> dict[str, Any]:
+    """vLLM arguments, by their Python names, to set beside ``enable_lora=True``."""
+    return {
+        "scheduler_cls": f"{PACKAGE}.scheduler.PagedScheduler",
+        "worker_cls": f"{PACKAGE}.worker.PagedWorker",
+        "kv_transfer_config": {
+            "kv_connector": "PagedConnector",
+            "kv_connector_module_path": f"{PACKAGE}.connector",
+            "kv_role": "kv_both",
+        },
+        "additional_config": {SETTINGS_KEY: asdict(settings or PagedSettings())},
+    }
+
+
+def unsupported_reason(vllm_config: "VllmConfig") -> str | None:
+    """Why this configuration cannot keep adapters in KV memory; None when nothing is known against it.
+
+    What only the loaded model shows is found by the worker, which then raises PagedUnsupportedError.
+    """
+    model, parallel, lora = vllm_config.model_config, vllm_config.parallel_config, vllm_config.lora_config
+    if lora is None:
+        return "LoRA is not enabled"
+    kv_dtype = vllm_config.cache_config.cache_dtype
+    # Reason -> whether it applies; every one has been read in vLLM 0.30, none is tried and seen to fail.
+    reasons = {
+        "layers without attention keep no KV blocks": model.is_hybrid or model.is_attention_free,
+        "an encoder's and a decoder's KV caches differ": model.is_encoder_decoder,
+        "latent attention (MLA) keeps rows that are too short": model.use_mla,
+        "the stages of a pipeline are not implemented": parallel.pipeline_parallel_size > 1,
+        "context parallelism spreads a block over ranks": max(
+            parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size
+        )
+        > 1,
+        "fully sharded LoRA cuts A as well": lora.fully_sharded_loras,
+        "LoRA on the vision tower is computed outside the language model": lora.enable_tower_connector_lora,
+        "a draft model's layers share the KV blocks": vllm_config.speculative_config is not None,
+        f"a KV cache in {kv_dtype} holds no {lora.lora_dtype} weights": kv_dtype not in ("auto", _name(model.dtype)),
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def lift_slot_limits(vllm_config: "VllmConfig") -> None:
+    """Let a step use as many adapters as it has requests: ``max_loras`` limits slots, and there are none."""
+    vllm_config.lora_config.max_loras = vllm_config.scheduler_config.max_num_seqs
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,112 @@
+"""vLLM's scheduler with adapters in its KV memory. ``schedule`` itself is vLLM's; this stands around it.
+
+Seams of vLLM 0.30 that are used beyond its documented hooks (tests/engine/test_seams.py pins them):
+``Scheduler.waiting`` as a replaceable ``RequestQueue``; ``kv_cache_manager.allocate_slots`` as the one place where KV
+memory runs out; ``_preempt_request``; ``defer_block_free``; ``finish_requests`` for requests that must end with an
+error.
+"""
+
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from chameleon_ray.engine.paged.connector import PagedConnector
+from chameleon_ray.engine.paged.memory import AdapterMemory
+from chameleon_ray.engine.paged.messages import PagedUnsupportedError
+from chameleon_ray.engine.paged.options import lift_slot_limits, unsupported_reason
+from chameleon_ray.engine.paged.queue import ResidencyQueue
+
+logger = init_logger(__name__)
+
+
+class PagedScheduler(AsyncScheduler):
+    """Admits a request once its adapter is resident, and takes idle adapters' blocks before it preempts anybody."""
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        if (reason := unsupported_reason(vllm_config)) is not None:
+            raise PagedUnsupportedError(reason)
+        lift_slot_limits(vllm_config)
+        super().__init__(vllm_config, *args, **kwargs)
+        if not isinstance(self.connector, PagedConnector):
+            raise PagedUnsupportedError("the KV connector is not ours; set kv_transfer_config as paged_arguments does")
+        # vLLM holds freed blocks back one step for connectors that fill blocks unordered with the compute stream. Ours
+        # does order its copies after it (host.py), so blocks are free at once, as without a connector.
+        self.defer_block_free = False
+        self.waiting = ResidencyQueue(self.waiting, lambda request: self._memory.is_ready(request))
+        self._allocate_slots = self.kv_cache_manager.allocate_slots
+        self.kv_cache_manager.allocate_slots = self._allocate_or_reclaim
+
+    @property
+    def _memory(self) -> AdapterMemory:
+        return self.connector.memory
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        seats = self.max_num_running_reqs - len(self.running)
+        admissible = self._memory.advance(self.waiting, seats, len(self.running), self.block_size)
+        self.waiting.refresh(admissible)
+        return super().schedule(throttle_prefills)
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if failed := self._memory.take_failed():
+            self._end_failed(failed, outputs)
+        return outputs
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        self._memory.evict_idle()  # vLLM resets only a pool of which nothing is lent.
+        return super().reset_prefix_cache(reset_running_requests, reset_connector)
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        super()._preempt_request(request, *args, **kwargs)
+        self._memory.preempt(request.request_id)
+
+    def _end_failed(self, failed: dict[str, str], outputs: dict[int, EngineCoreOutputs]) -> None:
+        for request in self.finish_requests(list(failed), RequestStatus.FINISHED_ERROR):
+            output = EngineCoreOutput(
+                request_id=request.request_id,
+                new_token_ids=[],
+                finish_reason=request.get_finished_reason(),
+                stop_reason=failed[request.request_id],
+                events=request.take_events(),
+                trace_headers=request.trace_headers,
+            )
+            outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(output)
+
+    def _allocate_or_reclaim(self, request: Request, num_new_tokens: int, **kwargs: Any) -> KVCacheBlocks | None:
+        """``allocate_slots``; where memory is short, idle adapters leave first and it is tried again."""
+        while (blocks := self._allocate_slots(request, num_new_tokens, **kwargs)) is None:
+            short = max(1, self._blocks_short(request, num_new_tokens, **kwargs))
+            # A running request would preempt others, so anything helps; a waiting one just waits if it does not fit.
+            is_running = request.status == RequestStatus.RUNNING
+            if not self._memory.reclaim(short, request.request_id, or_nothing=not is_running):
+                return None
+        return blocks
+
+    def _blocks_short(
+        self,
+        request: Request,
+        num_new_tokens: int,
+        num_new_computed_tokens: int = 0,
+        num_lookahead_tokens: int = 0,
+        full_sequence_must_fit: bool = False,
+        reserved_blocks: int = 0,
+        **_: Any,
+    ) -> int:
+        """How many more free blocks it takes; blocks found in the prefix cache count as free ones that it uses."""
+        num_tokens = request.num_computed_tokens + num_new_computed_tokens + num_new_tokens + num_lookahead_tokens
+        if full_sequence_must_fit:
+            num_tokens = max(num_tokens, request.num_tokens)
+        num_tokens = min(num_tokens, self.max_model_len)
+        held = len(self.kv_cache_manager.get_block_ids(request.request_id)[0])
+        wanted = -(-num_tokens // self.block_size) - held + reserved_blocks
+        if request.status != RequestStatus.RUNNING and self.running:
+            wanted += self.kv_cache_manager.watermark_blocks
+        return wanted - self.kv_cache_manager.block_pool.get_num_free_blocks()

@@ -1,0 +1,66 @@
+"""The adapter cache's state on its way to the front end, in vLLM's connector statistics (``SchedulerStats``)."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+
+from chameleon_ray.engine.paged.memory import AdapterMemory
+
+REPORT_INTERVAL_S = 0.1
+"""Statistics travel with a step's output at most so often."""
+
+
+class AdapterStats(KVConnectorStats):
+    """``data``: ``cache`` (``policy.cache_types.CacheStats``: totals and gauges), ``tiers`` (digest -> tier number of
+    those that changed since the last report), ``failures`` (digest -> reason, all), ``seconds`` (``fetch`` and ``load``
+    durations since the last report)."""
+
+    def reset(self) -> None:
+        self.data = {}
+
+    def aggregate(self, other: KVConnectorStats) -> "AdapterStats":
+        data = {**self.data, **other.data}
+        data["tiers"] = {**self.data.get("tiers", {}), **other.data.get("tiers", {})}
+        mine, theirs = self.data.get("seconds", {}), other.data.get("seconds", {})
+        data["seconds"] = {what: mine.get(what, []) + theirs.get(what, []) for what in {*mine, *theirs}}
+        return AdapterStats(data=data)
+
+    def reduce(self) -> dict[str, int | float]:
+        cache = self.data.get("cache", {})
+        names = ("adapters_resident", "blocks_held", "hits", "misses", "loads", "requests_waiting")
+        return {name: cache[name] for name in names if name in cache}
+
+    def is_empty(self) -> bool:
+        return not self.data
+
+
+class StatsReporter:
+    """Makes reports of what has changed."""
+
+    def __init__(self, memory: AdapterMemory, clock: Callable[[], float] = time.monotonic) -> None:
+        self._memory = memory
+        self._clock = clock
+        self._tiers: dict[str, int] = {}
+        self._reported_at_s = float("-inf")
+        self._last: dict[str, Any] = {}
+
+    def take(self) -> AdapterStats | None:
+        """A report, or None if it is not yet time for one or nothing has changed."""
+        now_s = self._clock()
+        if now_s < self._reported_at_s + REPORT_INTERVAL_S:
+            return None
+        cache = asdict(self._memory.cache.stats())
+        cache["evictions"] = {str(reason): count for reason, count in cache["evictions"].items()}
+        report: dict[str, Any] = {"cache": cache, "failures": self._memory.failures()}
+        if report == self._last and not self._memory.seconds:
+            return None
+        self._reported_at_s, self._last = now_s, dict(report)
+        tiers = {digest: int(tier) for digest, tier in self._memory.cache.tiers().items()}
+        report["tiers"] = {digest: tier for digest, tier in tiers.items() if self._tiers.get(digest) != tier}
+        self._tiers = tiers
+        seconds, self._memory.seconds = self._memory.seconds, []
+        report["seconds"] = {what: [s for kind, s in seconds if kind == what] for what in ("fetch", "load")}
+        return AdapterStats(data=report)
