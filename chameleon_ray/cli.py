@@ -23,6 +23,16 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("folder", type=Path, nargs="?", default=Path("demo"))
     demo.add_argument("--force", action="store_true", help="make it again although it is there")
     demo.set_defaults(run=_demo)
+    benches = commands.add_parser("bench", help="measure").add_subparsers(required=True, metavar="WHAT")
+    local = benches.add_parser("local", help="start-up, memory, overhead and streaming of the local application")
+    local.add_argument(
+        "config", type=Path, nargs="?", default=Path("cluster_configs/local.yaml"), help="Serve config file"
+    )
+    local.set_defaults(run=_bench_local)
+    policy = benches.add_parser("policy", help="time per decision of scheduler, cache and router policies")
+    policy.set_defaults(run=_bench_policy)
+    for bench in (local, policy):
+        bench.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     return parser
 
 
@@ -44,6 +54,18 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     make_demo(arguments.folder, force=arguments.force, progress=print)
     return 0
+
+
+def _bench_local(arguments: argparse.Namespace) -> int:
+    from chameleon_ray.bench.local import run
+
+    return run(arguments.config, arguments.json)
+
+
+def _bench_policy(arguments: argparse.Namespace) -> int:
+    from chameleon_ray.bench.policy import run
+
+    return run(arguments.json)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import yaml
 
 from chameleon_ray.redis_server import free_port
 
+HEAD_START_LIMIT_S = 60.0
 START_LIMIT_S = 600.0
 STOP_LIMIT_S = 60.0
 LAST_LINES = 40
@@ -38,6 +39,7 @@ SETTINGS = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",  # HAProxy in front of the ingress instead of a Python proxy
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",  # gRPC between actors, no extra threads
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",  # no load balancer in front that would have to notice
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # one node: Ray's own ports on loopback where it has a choice
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",  # the dashboard asks for the key in ~/.ray/auth_token
 }
@@ -73,23 +75,30 @@ class Launcher:
 
     def run(self) -> int:
         """Serve until interrupted; the exit status. Raises LaunchError when the application does not start."""
-        _adopt_orphans()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._stop_soon)
         try:
-            self._start()
             began_s = time.monotonic()
-            if self._wait_ready(began_s):
+            if self.start():
                 self._greet(time.monotonic() - began_s)
                 self._watch()
             return 0
         finally:
-            self._stop()
+            self.stop()
+
+    def start(self) -> bool:
+        """Start and wait until every replica serves; False when interrupted meanwhile. Raises LaunchError.
+
+        Whatever the outcome, call ``stop`` afterwards.
+        """
+        _adopt_orphans()
+        began_s = time.monotonic()
+        return self._start() and self._wait_ready(began_s)
 
     def _stop_soon(self, _number: int, _frame: FrameType | None) -> None:
         self._stopping = True
 
-    def _start(self) -> None:
+    def _start(self) -> bool:
         if _in_use(self._host, self._port):
             raise LaunchError(
                 f"{self.url} is in use; stop what listens there or change http_options.port in {self._config_path}"
@@ -116,8 +125,10 @@ class Launcher:
             f"--object-store-memory={OBJECT_STORE_BYTES}",
             *(f"--{name}={port}" for name, port in ports.items()),
         )
-        self._until(lambda: _in_use("127.0.0.1", gcs_port), 60.0, "Ray's head")
+        if not self._until(lambda: _in_use("127.0.0.1", gcs_port), HEAD_START_LIMIT_S, "Ray's head"):
+            return False
         self._spawn("serve", "run", f"--address=127.0.0.1:{gcs_port}", str(self._config_path))
+        return True
 
     def _haproxy_settings(self) -> dict[str, str]:
         """Files and ports of its own, so that several applications on a machine do not meet."""
@@ -210,7 +221,8 @@ class Launcher:
             self._check_children()
             time.sleep(0.25)
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Stop every process that was started."""
         if self._children:
             self._say("stopping")
         everyone = psutil.Process().children(recursive=True)

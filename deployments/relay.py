@@ -39,8 +39,8 @@ class Relay:
         if fields.get("stream"):
             return await self._stream(record, call)
         answer = self._replica.options(method_name="answer", multiplexed_model_id=_affinity(record))
-        status, media_type, content = await once_more(lambda: answer.remote(*call))
-        return Response(content, status_code=status, media_type=media_type)
+        status, media_type, content, engine_s = await once_more(lambda: answer.remote(*call))
+        return Response(content, status_code=status, media_type=media_type, headers=_timing(engine_s))
 
     async def _stream(self, record: AdapterRecord | None, call: tuple[Any, ...]) -> Response:
         stream = self._replica.options(method_name="stream", stream=True, multiplexed_model_id=_affinity(record))
@@ -53,10 +53,10 @@ class Relay:
                 parts.cancel()
                 raise
 
-        parts, (status, media_type, first) = await once_more(begin)
+        parts, (status, media_type, first, engine_s) = await once_more(begin)
         if status != 200:
             return Response(first, status_code=status, media_type=media_type)
-        return StreamingResponse(_rest(parts, first), media_type=media_type)
+        return StreamingResponse(_rest(parts, first), media_type=media_type, headers=_timing(engine_s))
 
 
 async def _rest(parts: DeploymentResponseGenerator[Any], first: bytes) -> AsyncIterator[bytes]:
@@ -90,6 +90,11 @@ async def once_more(attempt: Callable[[], Awaitable[Any]]) -> Any:
     except RayActorError as error:
         message = "Two replicas died while they served this request; try again."
         raise ApiError(502, message, "replica_died", retry_after_s=1) from error
+
+
+def _timing(engine_s: float) -> dict[str, str]:
+    """What the engine took, for whoever wonders where the time went (a stream: until its first token)."""
+    return {"Server-Timing": f"engine;dur={engine_s * 1e3:.2f}"}
 
 
 def _affinity(record: AdapterRecord | None) -> str:

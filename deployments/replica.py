@@ -31,8 +31,8 @@ from chameleon_ray.placement import (
 
 logger = logging.getLogger("ray.serve")
 
-Answer = tuple[int, str, bytes]
-"""HTTP status, media type, body (of a stream: its first part)."""
+Answer = tuple[int, str, bytes, float]
+"""HTTP status, media type, body (of a stream: its first part), seconds in the engine (of a stream: until that part)."""
 
 REDIS_START_S = 10.0
 """A replica that starts together with Redis waits so long for it before it goes on without."""
@@ -72,10 +72,10 @@ class Replica:
         """A whole OpenAI request that is not streamed. ``record``: the adapter's; None for the base model."""
         try:
             async with self._serving(path, body, model, record) as call:
-                head = await call.head()
-                return head.status, head.media_type, await call.body()
+                head, content = await call.head(), await call.body()
+                return head.status, head.media_type, content, call.age_s
         except ApiError as error:
-            return error.status, JSON, error.body
+            return error.status, JSON, error.body, 0.0
         finally:
             self._die_with_engine()
 
@@ -91,12 +91,12 @@ class Replica:
             async with self._serving(path, body, model, record) as call:
                 head, begun = await call.head(), False
                 async for chunk in call.chunks(self._pause_s):
-                    yield chunk if begun else (head.status, head.media_type, chunk)
+                    yield chunk if begun else (head.status, head.media_type, chunk, call.age_s)
                     begun = True
                 if not begun:
-                    yield head.status, head.media_type, b""
+                    yield head.status, head.media_type, b"", call.age_s
         except ApiError as error:
-            yield error.status, JSON, error.body
+            yield error.status, JSON, error.body, 0.0
         finally:
             self._num_streams -= 1
             self._die_with_engine()

@@ -1,6 +1,7 @@
 """Calling an ASGI application in process: one request in, its status and body events out."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,13 @@ class AsgiCall:
         self._news = asyncio.Event()
         self._ended = False
 
+    @property
+    def age_s(self) -> float:
+        """Seconds since the call began."""
+        return time.perf_counter() - self._began_s
+
     async def __aenter__(self) -> "AsgiCall":
+        self._began_s = time.perf_counter()
         self._task = asyncio.create_task(self._run())
         return self
 

@@ -33,6 +33,8 @@ class LoadStats(StatLoggerBase):
             self.num_running = scheduler_stats.num_running_reqs
             self.num_waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
         for request in iteration_stats.finished_requests if iteration_stats is not None else ():
+            if request.num_generation_tokens == 0:
+                continue  # it ended without a first token: vLLM's times for it mean nothing
             self.service_s = _mean(self.service_s, request.inference_time)
             self.ttft_s = _mean(self.ttft_s, request.prefill_time)
 
