@@ -141,7 +141,8 @@ class Launcher:
             "METRICS_SOCKET_PATH": "m.sock",
         }
         files = {prefix + key: str(self._logs / name) for key, name in names.items()}
-        return files | {prefix + "METRICS_PORT": str(free_port()), prefix + "STATS_PORT": str(free_port())}
+        fallback = {"RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port())}
+        return files | fallback | {prefix + "METRICS_PORT": str(free_port()), prefix + "STATS_PORT": str(free_port())}
 
     def _ensure_token(self) -> None:
         """Ray's token mode needs a token; without one, have Ray make it where it looks for it (~/.ray/auth_token)."""
