@@ -227,6 +227,21 @@ def test_histogram_prefetch_also_fetches_into_free_host_memory() -> None:
     assert (victims(plan), plan.drop, plan.fetch) == (["big"], ("big",), ("regular",))
 
 
+def test_an_expected_adapter_does_not_take_the_host_memory_that_a_needed_one_waits_for() -> None:
+    driver = Driver(8, host_bytes=5 * BYTES_PER_BLOCK, histogram_prefetch=True)
+    driver.add(regular=3, loading=2, big=4)
+    driver.make_resident("regular", 0.0)
+    for now_s in range(0, 240, 20):
+        driver.use("regular", float(now_s))
+    driver.carry_out(driver.cache.reclaim(8, 221.0), 221.0)
+    driver.host_copies("big", 222.0)
+    driver.host_copies("loading", 223.0)
+    assert driver.step("loading", 224.0).load == ("loading",)
+    assert (driver.cache.state("regular"), driver.cache.state("big")) == (State.ABSENT, State.ABSENT)
+    assert driver.cache.plan([], 4, 238.0).fetch == ("regular",)
+    assert driver.cache.plan(["big"], 4, 238.0).fetch == ()
+
+
 def test_fetches_are_bounded_and_the_needed_come_first() -> None:
     driver = Driver(10, max_fetches=2)
     driver.add(a=1, b=1, c=1, d=1)

@@ -43,6 +43,17 @@ def test_chameleon_weights_are_configurable() -> None:
     assert victims(loaded("chameleon", weights=Weights(0.0, 0.0, 1.0)).cache.reclaim(12, 10.0)) == ["a", "c", "b"]
 
 
+def test_an_adapter_is_in_use_until_its_request_ends() -> None:
+    driver = Driver(4, policy="lru")
+    driver.add(long=2, short=2)
+    driver.make_resident("long short", 0.0)
+    driver.cache.enqueue("r", "long", 1.0)
+    driver.cache.acquire("r", 1.0)
+    driver.use("short", 2.0)
+    driver.cache.release("r", 3.0)
+    assert victims(driver.cache.reclaim(4, 4.0)) == ["short", "long"]
+
+
 def test_uses_outside_the_window_do_not_count() -> None:
     driver = loaded("chameleon", frequency_window_s=30.0)
     # At 36 s only the uses at 9 s (b) remain: frequency a 0, b 1, c 0; score a 0, b 1, c 0.04+0.225.
@@ -187,4 +198,8 @@ def test_histogram_predicts_nothing_from_few_or_evenly_spread_gaps() -> None:
     for n in range(30):
         long.arrived(0, n * 20_000.0)
     assert not any(few.due(180.0 + e) or long.due(580_000.0 + e) for e in range(0, 10_000, 5))
+    mostly_long = ArrivalHistogram()
+    for now_s in [n * 20.0 for n in range(12)] + [20_000.0 * n for n in range(1, 14)]:
+        mostly_long.arrived(0, now_s)
+    assert not any(mostly_long.due(260_000.0 + e) for e in range(100))
     assert not any(spread.due(now_s + e) for e in range(0, 10_000, 5))
