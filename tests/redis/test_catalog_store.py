@@ -186,7 +186,9 @@ async def test_prefixes_separate_applications(config, make_store, follow):
     assert await seen(their_follower, lambda view: set(view.catalog) == {"chat"})
     with redis.Redis.from_url(config.url) as raw:
         prefixes = {key.decode().split(":")[0] for key in raw.scan_iter(f"{config.key_prefix}*")}
+        listeners = dict(raw.pubsub_numsub(Keys(config.key_prefix).changes, Keys(other.key_prefix).changes))
     assert prefixes == {config.key_prefix, other.key_prefix}
+    assert list(listeners.values()) == [1, 1], "each listens to its own channel"
 
 
 async def test_entries_that_are_not_ours_do_no_harm(config, make_store, follow):
