@@ -4,9 +4,9 @@ from bisect import bisect_left
 from math import inf
 
 from chameleon_ray.policy.admission import AdapterRoom, Admission
+from chameleon_ray.policy.load_window import LoadWindow
 from chameleon_ray.policy.queue_set import QueueSet
 from chameleon_ray.policy.size_queue import Entry, Place
-from chameleon_ray.policy.sizing import LoadWindow
 
 
 class Bypasses:

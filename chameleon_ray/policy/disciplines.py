@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from chameleon_ray.policy.sizing import LoadWindow, Scales, SizingOptions, cluster, token_quotas
+from chameleon_ray.policy.load_window import LoadWindow
+from chameleon_ray.policy.sizing import Scales, SizingOptions, cluster, token_quotas
 
 UNLIMITED = 1 << 62
 _MIN_SAMPLES = 32

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
+from chameleon_ray.policy.admission import Admission
 from chameleon_ray.policy.disciplines import UNLIMITED, Layout
 from chameleon_ray.policy.size_queue import Entry, Place, SizeQueue
 from chameleon_ray.policy.sizing import QueuedRequest
@@ -40,12 +41,12 @@ class QueueSet:
         entry.queue.remove(entry)
         self._join_loading(entry)
 
-    def recall(self, is_loading: Callable[[QueuedRequest], bool], max_asked: int) -> None:
+    def recall(self, admission: Callable[[QueuedRequest], Admission], max_asked: int) -> None:
         """Requests whose adapter is not loading any more go back to their places; asks about ``max_asked``, in turn."""
         recalled: dict[int, list[Entry]] = {}
         for digest in [digest for digest, _ in zip(self._loading, range(max_asked), strict=False)]:
             group = self._loading[digest]
-            if is_loading(next(iter(group.values())).request):
+            if admission(next(iter(group.values())).request) is Admission.LOADING:
                 self._loading.move_to_end(digest)
                 continue
             del self._loading[digest]

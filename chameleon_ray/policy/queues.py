@@ -24,12 +24,15 @@ from math import inf
 from chameleon_ray.policy.admission import AdapterRoom, Admission, Admitted, Obstacle, QueuesState, QueueState
 from chameleon_ray.policy.bypass import Bypasses
 from chameleon_ray.policy.disciplines import DISCIPLINES, Layout, QueueOptions
+from chameleon_ray.policy.load_window import LoadWindow
 from chameleon_ray.policy.queue_set import QueueSet
 from chameleon_ray.policy.size_queue import Entry, Place, SizeQueue
-from chameleon_ray.policy.sizing import LoadWindow, QueuedRequest, queue_of, request_size, request_tokens
+from chameleon_ray.policy.sizing import QueuedRequest, queue_of, request_size, request_tokens
 
 _MAX_LOOKS = 64
-"""Requests of one queue that a step may look at in vain, and loading adapters it asks about: bounds a step's cost."""
+"""Requests of one queue that a step may look at in vain; bounds its cost."""
+_MAX_ASKED = 32
+"""Loading adapters that a step asks about, in turn."""
 _MAX_PRIORITY = 10
 _CAPACITY_OBSTACLES = (Obstacle.LOADING, Obstacle.NO_ROOM, Obstacle.NO_MEMORY)
 
@@ -98,7 +101,7 @@ class RequestQueues:
         self._now_s = now_s
         if now_s >= self._refresh_at_s or self._window.num_arrived >= self._refresh_at_arrival:
             self.refresh(now_s)
-        self._set.recall(lambda request: self._room.admission(request) is Admission.LOADING, _MAX_LOOKS)
+        self._set.recall(self._room.admission, _MAX_ASKED)
         held = self._most_overtaken()
         self._num_holds += held is not None and held is not self._held
         self._held = held

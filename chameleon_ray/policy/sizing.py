@@ -1,7 +1,7 @@
 """How large a request is, which sizes queue together, and how many tokens each queue may hold (paper: Scheduler).
 
-Three independent steps, each a pure function, and the window of recent traffic that feeds them:
-``weighted_size`` (WRS) -> ``cluster`` (K queues and their cut-offs) -> ``token_quotas``.
+Three independent steps, each a pure function: ``weighted_size`` (WRS) -> ``cluster`` (K queues and their cut-offs) ->
+``token_quotas``. The window of recent traffic that feeds them is in ``load_window.py``.
 """
 
 from bisect import bisect_left
@@ -21,10 +21,6 @@ _Number = TypeVar("_Number", float, Floats)
 
 _MAX_BREAKS = 128
 """Places between two sizes that clustering considers: exact up to so many distinct sizes, else at quantiles."""
-_SLO_DURATIONS = 5.0
-"""The paper's SLO: five times the mean duration of a request."""
-_RATE_WEIGHT = 0.05
-"""Weight of the latest request in the moving mean of seconds per output token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,88 +253,6 @@ def _shares(total: int, weights: Sequence[float], floors: Sequence[int]) -> list
         at_floor |= below
 
 
-class LoadWindow:
-    """The latest requests that arrived and that ended: the source of scales, sizes, D and lambda."""
-
-    def __init__(self, options: SizingOptions, num_requests: int = 1024) -> None:
-        self._options = options
-        self._arrivals = np.zeros((num_requests, 4))  # time, prompt, predicted output, adapter bytes
-        self._ends = np.zeros((num_requests, 4))  # duration, prompt, predicted output, adapter bytes
-        self.num_arrived = 0
-        self.num_ended = 0
-        self.seconds_per_token: float | None = None
-        """Moving mean of a request's duration per output token; None before the first end."""
-
-    @property
-    def capacity(self) -> int:
-        """Requests that the window holds."""
-        return len(self._arrivals)
-
-    def arrived(self, request: QueuedRequest, now_s: float) -> None:
-        """Record an arrival."""
-        self._arrivals[self.num_arrived % self.capacity] = (now_s, *_shape(request))
-        self.num_arrived += 1
-
-    def ended(self, request: QueuedRequest, duration_s: float, num_output_tokens: int) -> None:
-        """Record a request that ran to its end, ``duration_s`` after its admission."""
-        self._ends[self.num_ended % self.capacity] = (duration_s, *_shape(request))
-        self.num_ended += 1
-        pace = duration_s / max(1, num_output_tokens)
-        known = self.seconds_per_token
-        self.seconds_per_token = pace if known is None else known + _RATE_WEIGHT * (pace - known)
-
-    def scales(self) -> Scales:
-        """Maxima from the options, else from the window."""
-        recent = self._arrivals[: self.num_arrived]
-        inputs, outputs, adapter_bytes = (recent[:, column].max(initial=1.0) for column in (1, 2, 3))
-        largest = float(self._options.max_adapter_bytes or adapter_bytes)
-        with_adapter = recent[recent[:, 3] > 0, 3]
-        return Scales(
-            float(self._options.max_input_tokens or inputs),
-            float(self._options.max_output_tokens or outputs),
-            largest,
-            float(with_adapter.min()) if with_adapter.size else largest,
-        )
-
-    def sizes(self, scales: Scales) -> Floats:
-        """WRS of the arrivals in the window, in no particular order."""
-        return self._sizes(self._arrivals[: self.num_arrived], scales)
-
-    def loads(self, cutoffs: Sequence[float], scales: Scales, now_s: float) -> tuple[QueueLoad, ...]:
-        """S, D and lambda of each queue that ``cutoffs`` make; D is the overall mean where no request has ended."""
-        recent, ends = self._arrivals[: self.num_arrived], self._ends[: self.num_ended]
-        queues = np.searchsorted(cutoffs, self._sizes(recent, scales))
-        end_queues = np.searchsorted(cutoffs, self._sizes(ends, scales))
-        tokens = recent[:, 1] + recent[:, 2] + np.ceil(recent[:, 3] / self._options.kv_token_bytes)
-        # A burst within one second says little about a rate: count it as one second's worth.
-        span_s = max(1.0, now_s - float(recent[:, 0].min(initial=now_s)))
-        loads = []
-        for queue in range(len(cutoffs) + 1):
-            durations = ends[end_queues == queue, 0]
-            members = tokens[queues == queue]
-            duration_s = float(durations.mean()) if durations.size else self.mean_duration_s()
-            loads.append(QueueLoad(int(members.max(initial=1.0)), duration_s, members.size / span_s))
-        return tuple(loads)
-
-    def mean_duration_s(self) -> float:
-        """Mean seconds from admission to end over the window; 1 before any request ended."""
-        ends = self._ends[: self.num_ended, 0]
-        return max(1e-9, float(ends.mean())) if ends.size else 1.0
-
-    def slo_s(self) -> float:
-        """The SLO when the operator sets none: five mean durations."""
-        return _SLO_DURATIONS * self.mean_duration_s()
-
-    def _sizes(self, rows: Floats, scales: Scales) -> Floats:
-        adapter_bytes = np.where(rows[:, 3] > 0, rows[:, 3], scales.base_adapter_bytes)
-        return weighted_size(rows[:, 1], rows[:, 2], adapter_bytes, scales, self._options)
-
-
 def queue_of(size: float, cutoffs: Sequence[float]) -> int:
     """Index of the queue for a request of that size."""
     return bisect_left(cutoffs, size)
-
-
-def _shape(request: QueuedRequest) -> tuple[int, int, int]:
-    adapter_bytes = request.adapter.size_bytes if request.adapter else 0
-    return request.num_prompt_tokens, request.num_predicted_tokens, adapter_bytes

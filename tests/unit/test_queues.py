@@ -148,7 +148,7 @@ def test_hundreds_of_loading_adapters_do_not_hide_a_ready_request_for_long():
     steps = next(count for count in range(1, 20) if step(waiting) == ["ready"])
     assert steps == 5  # 64 looked at in each step
     room.admissions["x299"] = Admission.READY
-    assert any(step(waiting) == ["cold299"] for _ in range(5))
+    assert any(step(waiting) == ["cold299"] for _ in range(10))  # 32 asked about in each step
 
 
 def test_an_adapter_that_is_lost_again_and_again_makes_the_queue_wait():

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chameleon_ray.policy.adapter import Adapter
+from chameleon_ray.policy.load_window import LoadWindow
 from chameleon_ray.policy.sizing import (
-    LoadWindow,
     QueuedRequest,
     QueueLoad,
     Scales,

@@ -1,0 +1,300 @@
+"""What policy decisions cost: one scheduler step with 1,000 queued requests, one cache plan, one routing decision.
+
+Measured in the thread's CPU time: what other processes take from a busy machine is not the policy's.
+"""
+
+import json
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import thread_time_ns
+
+from chameleon_ray.policy.adapter import Adapter, Tier
+from chameleon_ray.policy.admission import Admission
+from chameleon_ray.policy.cache import AdapterCache, CacheConfig, Plan, State
+from chameleon_ray.policy.disciplines import QueueOptions
+from chameleon_ray.policy.queues import RequestQueues
+from chameleon_ray.policy.routing import LoadCosts, ReplicaLoad, ReplicaView, rank_replicas
+from chameleon_ray.policy.sizing import QueuedRequest, SizingOptions
+
+NUM_QUEUED = 1000
+NUM_ADAPTERS = 200
+NUM_REPLICAS = 64
+NUM_STEPS = 3000
+STEP_S = 0.03
+MAX_RUNNING = 64
+KV_TOKEN_BYTES = 512 * 1024
+BLOCK_TOKENS = 16
+LABELS = ("p50", "p99", "max")
+RANK_BYTES = 2_500_000
+"""KV cache and adapter bytes of a 7-billion-parameter model with 16-bit weights; pool sizes below are in blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """A replica's memory: pool_blocks of KV cache, host_gib of host copies; load_steps is what a load or read takes."""
+
+    name: str
+    pool_blocks: int
+    load_steps: int
+    host_gib: int
+
+
+SCENARIOS = (
+    Scenario("roomy", pool_blocks=12_000, load_steps=1, host_gib=64),
+    Scenario("slow loads", pool_blocks=12_000, load_steps=30, host_gib=4),
+    Scenario("no room", pool_blocks=1_500, load_steps=2, host_gib=64),
+)
+
+
+class _Replica:
+    """Queues and cache with a batch that ends by the clock: a driver without an engine."""
+
+    def __init__(self, scenario: Scenario, rng: random.Random) -> None:
+        self._scenario = scenario
+        self._rng = rng
+        ranks = (8, 16, 32, 64, 128)
+        self._adapters = [Adapter(f"{i:064x}", ranks[i % 5], ranks[i % 5] * RANK_BYTES) for i in range(NUM_ADAPTERS)]
+        self._weights = [1 / (1 + i // 5) for i in range(NUM_ADAPTERS)]
+        self._blocks = {a.digest: -(-a.size_bytes // (BLOCK_TOKENS * KV_TOKEN_BYTES)) for a in self._adapters}
+        pool = scenario.pool_blocks
+        self.cache = AdapterCache(CacheConfig(max_blocks=pool, host_bytes=scenario.host_gib << 30))
+        for adapter in self._adapters:
+            self.cache.add(adapter, self._blocks[adapter.digest])
+        options = QueueOptions(pool * BLOCK_TOKENS, SizingOptions(KV_TOKEN_BYTES), max_running=MAX_RUNNING)
+        self.queues = RequestQueues("chameleon", options, self)
+        self._running: dict[str, tuple[QueuedRequest, float]] = {}
+        self._under_way: list[tuple[int, bool, str]] = []
+        self._held: dict[str, int] = {}
+        self._blocked: str | None = None
+        self._kv_blocks = 0
+        self._num_requests = 0
+        self._num_steps = 0
+
+    def admission(self, request: QueuedRequest) -> Admission:
+        """See ``AdapterRoom``."""
+        if request.adapter is None or self.cache.state(request.adapter.digest) is State.RESIDENT:
+            return Admission.READY
+        return Admission.NO_ROOM if request.adapter.digest == self._blocked else Admission.LOADING
+
+    def fits_after(self, request: QueuedRequest, ended: Sequence[str]) -> bool:
+        """See ``AdapterRoom``."""
+        gone = set(ended)
+        running = [one for request_id, (one, _) in self._running.items() if request_id not in gone]
+        in_use = {one.adapter.digest for one in running if one.adapter}
+        in_use.update(digest for _, is_load, digest in self._under_way if is_load)
+        used = sum(map(_kv_blocks, running)) + sum(self._blocks[digest] for digest in in_use)
+        needed = self._blocks[request.adapter.digest] if request.adapter else 0
+        return used + needed <= self._scenario.pool_blocks
+
+    def step(self, now_s: float) -> tuple[int, int]:
+        """One step; nanoseconds spent in the queues and in the cache's plan and commit."""
+        self._num_steps += 1
+        ended = [request_id for request_id, (_, end_s) in self._running.items() if end_s <= now_s]
+        arrived = [self._request() for _ in range(NUM_QUEUED - self.queues.num_waiting)]
+        self._end(ended, now_s)
+        for request in arrived:
+            if request.adapter:
+                self.cache.enqueue(request.request_id, request.adapter.digest, now_s)
+        cache_ns = self._load(now_s)
+
+        start_ns = thread_time_ns()
+        for request_id in ended:
+            self.queues.finish(request_id, now_s, 100)
+        for request in arrived:
+            self.queues.add(request, now_s)
+        squashed = self.queues.squashes()
+        queues_ns = thread_time_ns() - start_ns
+        for request_id in squashed:
+            self._stop(request_id, now_s)
+        start_ns = thread_time_ns()
+        for request_id in squashed:
+            self.queues.requeue(request_id, now_s, squashed=True)
+        self.queues.begin_step(now_s)
+        queues_ns += thread_time_ns() - start_ns
+        while len(self._running) < MAX_RUNNING:
+            start_ns = thread_time_ns()
+            candidate = self.queues.peek()
+            queues_ns += thread_time_ns() - start_ns
+            if candidate is None or not self._make_room(candidate, now_s):
+                break
+            start_ns = thread_time_ns()
+            self.queues.admit(candidate.request_id)
+            queues_ns += thread_time_ns() - start_ns
+            self._start(candidate, now_s)
+        return queues_ns, cache_ns
+
+    @property
+    def _free_blocks(self) -> int:
+        return self._scenario.pool_blocks - self._kv_blocks - sum(self._held.values())
+
+    def _request(self) -> QueuedRequest:
+        self._num_requests += 1
+        prompt, output = (min(4000, int(self._rng.lognormvariate(mu, 1.0))) + 1 for mu in (6.0, 4.5))
+        adapter = None if self._rng.random() < 0.05 else self._rng.choices(self._adapters, self._weights)[0]
+        return QueuedRequest(f"request-{self._num_requests}", prompt, output, adapter)
+
+    def _make_room(self, request: QueuedRequest, now_s: float) -> bool:
+        missing = _kv_blocks(request) - self._free_blocks
+        if missing <= 0:
+            return True
+        plan = self.cache.reclaim(missing, now_s, keep=(request.adapter.digest,) if request.adapter else ())
+        if plan.freed_blocks < missing:
+            return False
+        self.cache.commit(plan, now_s)
+        self._carry_out(plan)
+        return True
+
+    def _start(self, request: QueuedRequest, now_s: float) -> None:
+        self._running[request.request_id] = (request, now_s + request.num_predicted_tokens * STEP_S)
+        self._kv_blocks += _kv_blocks(request)
+        if request.adapter:
+            self.cache.acquire(request.request_id, now_s)
+
+    def _stop(self, request_id: str, now_s: float) -> QueuedRequest:
+        request, _ = self._running.pop(request_id)
+        self._kv_blocks -= _kv_blocks(request)
+        if request.adapter:
+            self.cache.requeue(request_id, now_s)
+        return request
+
+    def _end(self, ended: Sequence[str], now_s: float) -> None:
+        for request_id in ended:
+            if self._stop(request_id, now_s).adapter:
+                self.cache.release(request_id, now_s)
+
+    def _load(self, now_s: float) -> int:
+        """Loads and fetches that are due complete, and a new plan starts; nanoseconds spent planning."""
+        due = [item for item in self._under_way if item[0] <= self._num_steps]
+        self._under_way = [item for item in self._under_way if item[0] > self._num_steps]
+        for _, is_load, digest in due:
+            (self.cache.loaded if is_load else self.cache.fetched)(digest)
+        needed = [
+            request.adapter.digest
+            for queue in range(len(self.queues.state().queues))
+            for request in self.queues.waiting(queue)[:8]
+            if request.adapter
+        ]
+        start_ns = thread_time_ns()
+        plan = self.cache.plan(needed, self._free_blocks, now_s)
+        self.cache.commit(plan, now_s)
+        spent_ns = thread_time_ns() - start_ns
+        self._blocked = plan.blocked
+        self._carry_out(plan)
+        return spent_ns
+
+    def _carry_out(self, plan: Plan) -> None:
+        for eviction in plan.evict:
+            del self._held[eviction.digest]
+        for digest in plan.load:
+            self._held[digest] = self._blocks[digest]
+        done_at = self._num_steps + self._scenario.load_steps
+        self._under_way += [(done_at, True, digest) for digest in plan.load]
+        self._under_way += [(done_at, False, digest) for digest in plan.fetch]
+
+
+def run(json_path: Path | None, num_steps: int = NUM_STEPS) -> int:
+    """Measure, print a table, write ``json_path`` when given; the exit status.
+
+    The JSON holds microseconds: ``scheduler_step_us_*`` and ``cache_plan_us_*`` are of the worst of ``SCENARIOS``,
+    which are listed under ``scenarios``. Steps that refresh (one in 300 s, but for the first minutes) are not among
+    them: ``scheduler_refresh_us_*``.
+    """
+    scenarios: dict[str, dict[str, float]] = {}
+    refreshes_ns: list[int] = []
+    for scenario in SCENARIOS:
+        _progress(scenario.name)
+        replica = _Replica(scenario, random.Random(0))
+        queues_ns, cache_ns = _measure_steps(replica, num_steps)
+        state = replica.queues.state()
+        scenarios[scenario.name] = {
+            **_summary("scheduler_step_us", queues_ns),
+            **_summary("cache_plan_us", cache_ns),
+            "num_queues": len(state.queues),
+            "admissions": state.num_admissions,
+            "bypasses": state.num_bypasses,
+            "squashes": state.num_squashes,
+            "holds": state.num_holds,
+        }
+        for _ in range(50):
+            start_ns = thread_time_ns()
+            replica.queues.refresh(num_steps * STEP_S)
+            refreshes_ns.append(thread_time_ns() - start_ns)
+    _progress("routing")
+    results: dict[str, object] = {
+        key: max(figures[key] for figures in scenarios.values())
+        for key in next(iter(scenarios.values()))
+        if key.startswith(("scheduler_step_us", "cache_plan_us"))
+    }
+    results |= _summary("scheduler_refresh_us", refreshes_ns)
+    results |= _summary("router_rank_us", _measure_routing(num_steps))
+    results |= {"num_queued": NUM_QUEUED, "num_adapters": NUM_ADAPTERS, "num_replicas": NUM_REPLICAS}
+    results["scenarios"] = scenarios
+    _progress("")
+    _print_table(results, scenarios)
+    if json_path is not None:
+        json_path.write_text(json.dumps(results, indent=2) + "\n")
+    return 0
+
+
+def _measure_steps(replica: _Replica, num_steps: int) -> tuple[list[int], list[int]]:
+    """Nanoseconds of each step in queues and cache; without the first tenth, in which batch and cache fill."""
+    queues_ns, cache_ns = [], []
+    for number in range(num_steps):
+        refreshes = replica.queues.state().num_refreshes
+        in_queues_ns, in_cache_ns = replica.step(number * STEP_S)
+        if number >= num_steps // 10 and replica.queues.state().num_refreshes == refreshes:
+            queues_ns.append(in_queues_ns)
+            cache_ns.append(in_cache_ns)
+    return queues_ns, cache_ns
+
+
+def _measure_routing(num_steps: int) -> list[int]:
+    rng = random.Random(0)
+    costs = LoadCosts(10e9, 1e9, 0.2e9, 0.005, 0.2)
+    adapters = [Adapter(f"{i:064x}", 16, 16 * RANK_BYTES) for i in range(NUM_ADAPTERS)]
+    spent_ns = []
+    for _ in range(num_steps):
+        views = [
+            ReplicaView(
+                f"replica-{i}",
+                rng.choice(tuple(Tier)),
+                rng.randrange(30),
+                ReplicaLoad(rng.randrange(64), 5, 64, 2.0, 0.1),
+            )
+            for i in range(NUM_REPLICAS)
+        ]
+        adapter = rng.choice(adapters)
+        start_ns = thread_time_ns()
+        rank_replicas(adapter, views, costs)
+        spent_ns.append(thread_time_ns() - start_ns)
+    return spent_ns
+
+
+def _kv_blocks(request: QueuedRequest) -> int:
+    return -(-(request.num_prompt_tokens + request.num_predicted_tokens) // BLOCK_TOKENS)
+
+
+def _summary(name: str, spent_ns: Sequence[int]) -> dict[str, float]:
+    ordered = sorted(spent_ns)
+    ranks = (len(ordered) // 2, len(ordered) * 99 // 100, len(ordered) - 1)
+    return {f"{name}_{label}": round(ordered[rank] / 1000, 1) for label, rank in zip(LABELS, ranks, strict=True)}
+
+
+def _progress(what: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{'measuring: ' + what if what else ''}", end="", file=sys.stderr, flush=True)
+
+
+def _print_table(results: dict[str, object], scenarios: dict[str, dict[str, float]]) -> None:
+    rows: list[tuple[str, list[object]]] = [("policy time in microseconds of CPU", ["p50", "p99", "max"])]
+    for name, figures in scenarios.items():
+        for what, key in (("scheduler step", "scheduler_step_us"), ("cache plan", "cache_plan_us")):
+            rows.append((f"{what}, {name}", [figures[f"{key}_{label}"] for label in LABELS]))
+    for what, key in (("queue refresh", "scheduler_refresh_us"), ("routing decision", "router_rank_us")):
+        rows.append((what, [results[f"{key}_{label}"] for label in LABELS]))
+    print(f"{NUM_QUEUED} queued requests, {NUM_ADAPTERS} adapters, {NUM_REPLICAS} replicas")
+    for label, values in rows:
+        print(f"{label:36}" + "".join(f"{value!s:>10}" for value in values))
