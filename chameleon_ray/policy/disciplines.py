@@ -64,13 +64,12 @@ class Discipline:
     """One scheduling policy.
 
     layout: queues from recent traffic. shortest_first: order inside a queue by size instead of seniority.
-    bypass: rule 5 applies. bounded: rule 6 applies.
+    bypass: rule 5 applies.
     """
 
     layout: Callable[[LoadWindow, Scales, QueueOptions, float], Layout]
     shortest_first: bool = False
     bypass: bool = False
-    bounded: bool = True
 
 
 def _measured_queues(window: LoadWindow, scales: Scales, options: QueueOptions, now_s: float) -> Layout:
@@ -102,8 +101,8 @@ def _equal_queues(window: LoadWindow, scales: Scales, options: QueueOptions, now
 DISCIPLINES = {
     "chameleon": Discipline(_measured_queues, bypass=True),
     "fifo": Discipline(_one_queue),
-    "sjf": Discipline(_one_queue, shortest_first=True, bounded=False),
+    "sjf": Discipline(_one_queue, shortest_first=True),
     "static": Discipline(_equal_queues, bypass=True),
 }
 """``chameleon``: queues and quotas measured. ``static``: four queues of equal width in size and equal quota.
-``fifo``, ``sjf``: one queue, limited by memory alone; SJF by predicted size, and it does starve large requests."""
+``fifo``, ``sjf``: one queue, limited by memory alone. SJF goes by predicted size, and does starve large requests."""

@@ -319,7 +319,7 @@ class RequestQueues:
                 queue.note_stuck(entry)
             return False
         queue.note_stuck(entry)
-        if self._discipline.bounded and entry.overtaken >= self._options.max_overtakes:
+        if entry.overtaken >= self._options.max_overtakes:
             return False
         return obstacle is Obstacle.LOADING or (obstacle is Obstacle.NO_ROOM and self._may_bypass(entry))
 
@@ -338,7 +338,7 @@ class RequestQueues:
             for entry in queue.stuck
             if entry.overtaken >= limit and entry.place is Place.WAITING
         ]
-        if not self._discipline.bounded or not stuck:
+        if not stuck:
             return None
         oldest = min(stuck, key=lambda entry: entry.arrival)
         loading = self._room.admission(oldest.request) is Admission.LOADING

@@ -1,7 +1,7 @@
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chameleon_ray.policy.lengths import (
@@ -73,6 +73,15 @@ def test_memory_is_bounded_and_drops_the_group_longest_unseen():
     assert predictor.predict(features("old")) == 300  # forgotten: answered by the wider groups
 
 
+def test_groups_in_use_are_kept():
+    predictor = taught((features("hot"), [10] * 5), max_groups=8)
+    for adapter in range(100):
+        for _ in range(3):
+            predictor.observe(features(f"a{adapter}"), 300)
+        predictor.observe(features("hot"), 10)
+    assert predictor.predict(features("hot")) == 10
+
+
 def test_accuracy_is_judged_before_learning():
     predictor = taught((features(), [10, 10, 10, 10]), default_tokens=110)
     assert predictor.accuracy.right_bucket_share == 0.0
@@ -121,6 +130,7 @@ def test_unusable_options_are_refused(bad):
         HistoryPredictor(max_model_len=10, **bad)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 4000), st.integers(1, 4000)), max_size=60),
     st.integers(1, 4000),

@@ -245,6 +245,33 @@ def test_a_bypasser_is_squashed_when_its_room_would_do_for_the_head():
     waiting.check()
 
 
+def test_a_squash_returns_quota_enough_for_the_head_as_well():
+    room = Room()
+    waiting = queues(room=room, total_tokens=240, max_squash_share=1.0)  # four quotas of 60
+    add(waiting, request("hog", 98))
+    step(waiting)
+    add(waiting, request("past", 20))
+    step(waiting)
+    waiting.finish("past", 1.0, 10)
+    room.admissions["big"] = Admission.NO_ROOM
+    room.needed_ends = frozenset({"hog"})
+    add(waiting, request("head", 40, "big"), request("one", 30), request("two", 28))
+    assert step(waiting) == ["one", "two"]
+    room.needed_ends = frozenset({"two"})  # 28 would be room enough, but with the 2 left no quota for 41
+    assert waiting.squashes() == ("two", "one")
+
+
+def test_a_head_aborted_while_another_bypasses_it_leaves_no_bypass():
+    room = Room()
+    waiting = busy_replica(room)
+    add(waiting, request("short", 4))
+    waiting.begin_step(0.0)
+    assert waiting.peek().request_id == "short"
+    waiting.remove("head")
+    assert not waiting.admit("short").bypass
+    waiting.check()
+
+
 def test_no_squash_when_the_head_has_room_or_left():
     room = Room()
     waiting = busy_replica(room)
@@ -322,6 +349,14 @@ def test_large_requests_get_seats_when_seats_run_out_before_tokens():
     assert running == [6, 0, 0, 2]  # a quarter each; the smallest also took what the two empty queues left
 
 
+def test_seats_are_kept_for_queues_with_waiting_requests():
+    room = Room()
+    room.admissions["x"] = Admission.LOADING
+    waiting = queues(room=room, total_tokens=10**6, max_running=8)
+    add(waiting, request("large", 200, "x"), *many("a", 20, 50))
+    assert len(step(waiting)) == 6  # two of its share, four of two empty queues; the loading one's stay free
+
+
 def test_a_driver_that_never_gets_to_the_last_queue_is_made_to():
     waiting = queues(total_tokens=10**6, max_overtakes=4)
     add(waiting, request("large", 200))
@@ -340,6 +375,35 @@ def test_what_the_engine_waits_for_elsewhere_holds_up_nobody():
         add(waiting, request(f"a{number}", 50))
         assert step(waiting, obstacles={"session": Obstacle.NOT_READY}) == [f"a{number}"]
         waiting.finish(f"a{number}", 1.0, 5)
+
+
+def test_holding_for_what_the_engine_is_not_ready_for_ends_at_once():
+    waiting = queues(total_tokens=10**6, max_overtakes=2)
+    add(waiting, request("busy", 50))
+    step(waiting)
+    add(waiting, request("session", 200))
+    served = 0
+    for number in range(60):
+        add(waiting, request(f"a{number}", 50))
+        for admitted in step(waiting, max_admitted=1, obstacles={"session": Obstacle.NOT_READY}):
+            waiting.finish(admitted, 1.0, 5)
+            served += 1
+    assert waiting.state().num_holds > 0 and served >= 45
+
+
+def test_nobody_is_held_up_while_a_request_held_for_loads_for_the_first_time():
+    room = Room()
+    waiting = busy_replica(room, max_overtakes=2)
+    for number in range(6):
+        add(waiting, request(f"b{number}", 90))
+        step(waiting)
+    assert waiting.state().num_holds == 1 and step(waiting) == []
+    add(waiting, request("other", 90))
+    assert step(waiting) == []
+    room.admissions["big"] = Admission.LOADING
+    assert "other" in step(waiting)
+    room.admissions["big"] = Admission.READY
+    assert "head" in step(waiting)
 
 
 def test_a_request_that_can_never_fit_does_not_hold_the_replica_for_ever():

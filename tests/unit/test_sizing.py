@@ -2,7 +2,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chameleon_ray.policy.adapter import Adapter
@@ -97,6 +97,7 @@ def test_sizes_that_are_no_sizes_are_refused(sizes):
         cluster(sizes)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1e6, allow_nan=False), min_size=2, max_size=9), st.integers(1, 4))
 def test_clustering_is_optimal(sizes, max_queues):
     found = cluster(sizes, max_queues, rule="min_wcss")
@@ -114,6 +115,7 @@ def test_clustering_is_optimal(sizes, max_queues):
         assert share * wcss(()) == pytest.approx(best, abs=1e-9)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1e300, allow_nan=False), max_size=400), st.sampled_from(["elbow", "min_wcss"]))
 def test_clustering_is_deterministic_ordered_and_bounded(sizes, rule):
     found = cluster(sizes, rule=rule)
@@ -148,6 +150,7 @@ def test_no_quota_is_below_the_queues_largest_request():
     assert quotas.tokens == (100, 860)
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 10**6),
     st.lists(st.builds(QueueLoad, st.integers(0, 10**5), st.floats(0, 100), st.floats(0, 1e4)), min_size=1, max_size=4),
