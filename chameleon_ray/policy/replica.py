@@ -1,0 +1,378 @@
+"""One replica's whole policy, adapter cache and queues composed: the one object that engine and simulator drive.
+
+A driver owns the blocks and the clock; this decides. The life of a step:
+
+1. ``squashes``: stop these and ``requeue(..., squashed=True)``.
+2. ``begin_step``, then ``peek`` a request whose adapter is resident, and ``admit`` it or ``pass_over`` it, until
+   ``peek`` gives None or the driver has no capacity left. Requests without their adapter never show: this notes whose
+   adapters are needed.
+3. ``end_step``: carry out the plan it returns (evict, drop, load, fetch; in that order) beside the running batch.
+
+Between steps: ``arrive``, ``first_token``, ``finish``, ``remove``, ``requeue``; ``make_room`` wherever KV memory is
+short; ``fetched``, ``fetch_failed``, ``loaded``, ``load_failed`` as the ordered work ends. All times are seconds on one
+clock of the driver. Misuse raises (``QueueError``, ``CacheError``, ``AdapterFailed``) and changes nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from chameleon_ray.policy.adapter import Adapter, Tier
+from chameleon_ray.policy.admission import Admission, Admitted, Obstacle, QueuesState
+from chameleon_ray.policy.cache import AdapterCache, CacheConfig, CacheStats, EvictReason, Plan, State
+from chameleon_ray.policy.disciplines import QueueOptions
+from chameleon_ray.policy.queues import QueueError, RequestQueues
+from chameleon_ray.policy.routing import ReplicaLoad
+from chameleon_ray.policy.sizing import QueuedRequest
+
+IDLE_PLAN_INTERVAL_S = 0.05
+"""How often to plan while nothing has happened: only prefetches and adapters expected soon are at stake."""
+_SMOOTHING = 0.1
+"""Weight of the newest request in the running means of a replica's load: about the last 20 count."""
+
+
+class AdapterFailed(Exception):
+    """The request's adapter could not be fetched or loaded a moment ago: refuse the request."""
+
+    def __init__(self, reason: str, retry_at_s: float) -> None:
+        super().__init__(reason)
+        self.retry_at_s = retry_at_s
+
+
+class BlockPool(Protocol):
+    """What the policy asks of the driver's KV-block pool. Questions: they change nothing."""
+
+    def free_blocks(self) -> int:
+        """Blocks that nobody holds."""
+
+    def kv_blocks(self, request_id: str) -> int:
+        """Blocks that a running request's KV cache holds, and would give back by ending."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaConfig:
+    """cache, queues: what an operator decides about each. discipline: a name in ``DISCIPLINES``. block_tokens: tokens
+    of KV cache in one block."""
+
+    cache: CacheConfig
+    queues: QueueOptions
+    discipline: str = "chameleon"
+    block_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        if self.block_tokens < 1:
+            raise ValueError(f"block_tokens is {self.block_tokens}: give the tokens of one KV block")
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSnapshot:
+    """What holds now, for metrics and for placement. failures: digest -> why its requests are refused."""
+
+    cache: CacheStats
+    queues: QueuesState
+    tiers: dict[str, Tier]
+    failures: dict[str, str]
+
+
+class ReplicaPolicy:
+    """Which requests run and which adapters are resident. See the module's head for its use."""
+
+    def __init__(self, config: ReplicaConfig, pool: BlockPool) -> None:
+        self.config = config
+        self.cache = AdapterCache(config.cache)
+        """For questions; change it through this object."""
+        self.queues = RequestQueues(config.discipline, config.queues, _Room(self))
+        """For questions; change it through this object."""
+        self._pool = pool
+        self._num_blocks: dict[str, int] = {}
+        self._requests: dict[str, QueuedRequest] = {}
+        self._admitted_s: dict[str, float] = {}
+        self._running: dict[str, set[str]] = {}
+        self._held_blocks = 0
+        self._pinned_blocks = 0
+        self._needed: dict[str, None] = {}
+        self._changed = False
+        self._planned_at_s = float("-inf")
+        self._service_s = self._ttft_s = 0.0
+
+    # Adapters
+
+    def add_adapter(self, adapter: Adapter, num_blocks: int, *, on_disk: bool = True) -> None:
+        """See ``AdapterCache.add``."""
+        self.cache.add(adapter, num_blocks, on_disk=on_disk)
+        self._num_blocks[adapter.digest] = num_blocks
+
+    def retire_adapter(self, digest: str) -> None:
+        """See ``AdapterCache.retire``; ``end_step`` plans for it to leave."""
+        self.cache.retire(digest)
+        self._forget_unknown(digest)
+        self._changed = True
+
+    def fetched(self, digest: str) -> None:
+        """A fetch has ended well: the host copy is complete."""
+        self.cache.fetched(digest)
+        self._changed = True
+
+    def fetch_failed(self, digest: str, reason: str, now_s: float) -> tuple[str, ...]:
+        """A fetch has failed. Returns the requests that wait for it: end them with an error and ``remove`` them."""
+        self.cache.fetch_failed(digest, reason, now_s)
+        return self._refused(digest)
+
+    def loaded(self, digest: str) -> None:
+        """A load has ended well: the adapter is resident."""
+        self.cache.loaded(digest)
+        if not self._running.get(digest):
+            self._pinned_blocks -= self._num_blocks[digest]
+        self._changed = True
+
+    def load_failed(self, digest: str, reason: str, now_s: float) -> tuple[str, ...]:
+        """A load has failed: give back its blocks and its host copy. Returns requests to end, as ``fetch_failed``."""
+        self.cache.load_failed(digest, reason, now_s)
+        num_blocks = self._num_blocks[digest]
+        self._pinned_blocks -= num_blocks
+        self._held_blocks -= num_blocks
+        return self._refused(digest)
+
+    # Requests
+
+    def arrive(self, request: QueuedRequest, now_s: float) -> bool:
+        """A request arrives. Returns whether its adapter is resident (base model: always).
+
+        Raises AdapterFailed, UnknownAdapter, or QueueError for an id in use.
+        """
+        if request.request_id in self._requests:
+            raise QueueError(f"request {request.request_id} is queued or running already: use another id")
+        digest = request.adapter.digest if request.adapter else None
+        if digest is not None and (failure := self.cache.failure(digest, now_s)) is not None:
+            raise AdapterFailed(failure.reason, failure.retry_at_s)
+        hit = digest is None or self.cache.enqueue(request.request_id, digest, now_s)
+        self.queues.add(request, now_s)
+        self._requests[request.request_id] = request
+        self._changed = True
+        return hit
+
+    def first_token(self, request_id: str, now_s: float) -> None:
+        """A running request gave its first token; what that took since its admission goes into the replica's load."""
+        if (admitted_s := self._admitted_s.get(request_id)) is None:
+            raise QueueError(f"request {request_id} is not running: it cannot have given a token")
+        self._ttft_s = _mean(self._ttft_s, now_s - admitted_s)
+
+    def finish(self, request_id: str, now_s: float, num_output_tokens: int) -> None:
+        """A running request ended by itself. Raises QueueError."""
+        self.queues.finish(request_id, now_s, num_output_tokens)
+        self._service_s = _mean(self._service_s, now_s - self._admitted_s[request_id])
+        self._let_go(request_id, now_s)
+
+    def remove(self, request_id: str, now_s: float) -> None:
+        """A request was aborted or failed, waiting or running. Raises QueueError."""
+        self.queues.remove(request_id)
+        self._let_go(request_id, now_s)
+
+    def requeue(self, request_id: str, now_s: float, *, squashed: bool = False) -> None:
+        """A running request was preempted or squashed, its KV blocks are free: it waits at its old place."""
+        self.queues.requeue(request_id, now_s, squashed)
+        del self._admitted_s[request_id]
+        adapter = self._requests[request_id].adapter
+        if adapter is not None:
+            self.cache.requeue(request_id, now_s)
+            self._unpin(adapter.digest, request_id)
+        self._changed = True
+
+    # A step
+
+    def squashes(self) -> tuple[str, ...]:
+        """Running requests to stop and ``requeue(..., squashed=True)`` before the step begins."""
+        return self.queues.squashes()
+
+    def begin_step(self, now_s: float) -> None:
+        """Start a step; whatever step was under way is over."""
+        self._needed.clear()
+        self.queues.begin_step(now_s)
+
+    def peek(self) -> QueuedRequest | None:
+        """The next request that may run as far as adapter, quota and order go; the same until it is decided upon."""
+        while (request := self.queues.peek()) is not None:
+            if request.adapter is None or self.cache.state(request.adapter.digest) is State.RESIDENT:
+                return request
+            self._needed[request.adapter.digest] = None
+            self.queues.pass_over(request.request_id, Obstacle.LOADING)
+        return None
+
+    def admit(self, request_id: str, now_s: float) -> Admitted:
+        """The candidate runs; the driver gives it KV blocks. Raises QueueError for any other request."""
+        admitted = self.queues.admit(request_id)
+        self._admitted_s[request_id] = now_s
+        adapter = self._requests[request_id].adapter
+        if adapter is not None:
+            self.cache.acquire(request_id, now_s)
+            running = self._running.setdefault(adapter.digest, set())
+            if not running:
+                self._pinned_blocks += self._num_blocks[adapter.digest]
+            running.add(request_id)
+        self._changed = True
+        return admitted
+
+    def pass_over(self, request_id: str, obstacle: Obstacle) -> None:
+        """The candidate cannot run in this step for the driver's reasons (NO_MEMORY, NOT_READY)."""
+        self.queues.pass_over(request_id, obstacle)
+
+    def end_step(self, now_s: float, reserved_blocks: int = 0) -> Plan:
+        """What to do about adapters now, committed already: carry it out.
+
+        reserved_blocks: free blocks that the running batch is about to need; no adapter is loaded into them.
+        """
+        if not (self._changed or self._needed or now_s >= self._planned_at_s + IDLE_PLAN_INTERVAL_S):
+            return Plan(version=-1)
+        plan = self.cache.plan(self._needed, max(0, self._pool.free_blocks() - reserved_blocks), now_s)
+        self._commit(plan, now_s)
+        self._changed, self._planned_at_s = False, now_s
+        return plan
+
+    def make_room(self, num_blocks: int, now_s: float, *, for_request: str = "", or_nothing: bool = False) -> Plan:
+        """Evictions, committed, that give ``num_blocks`` to the KV cache, or as many as idle adapters hold.
+
+        for_request: whose own adapter stays. or_nothing: evict nobody where it is not enough.
+        """
+        request = self._requests.get(for_request)
+        keep = (request.adapter.digest,) if request is not None and request.adapter is not None else ()
+        if or_nothing and self._idle_blocks < num_blocks:
+            return Plan(version=-1)
+        plan = self.cache.reclaim(num_blocks, now_s, keep)
+        if or_nothing and plan.freed_blocks < num_blocks:
+            return Plan(version=-1)
+        self._commit(plan, now_s)
+        return plan
+
+    # State
+
+    @property
+    def num_running(self) -> int:
+        """Requests admitted and not ended."""
+        return self.queues.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait, for whatever reason."""
+        return self.queues.num_waiting
+
+    def load(self, eviction_cost_s: float = 0.0) -> ReplicaLoad:
+        """What routers want to know; eviction_cost_s: see ``AdapterCache.eviction_cost_s``."""
+        return ReplicaLoad(
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            max_running=self.config.queues.max_running or max(1, self.num_running),
+            service_s=self._service_s,
+            ttft_s=self._ttft_s,
+            eviction_cost_s=eviction_cost_s,
+        )
+
+    def snapshot(self, now_s: float) -> ReplicaSnapshot:
+        """Everything that metrics and placement show."""
+        tiers = self.cache.tiers()
+        failures = {digest: failure.reason for digest in tiers if (failure := self.cache.failure(digest, now_s))}
+        return ReplicaSnapshot(self.cache.stats(), self.queues.state(), tiers, failures)
+
+    def check(self) -> None:
+        """Raise AssertionError unless cache, queues and this object agree on every request and block."""
+        states = {digest: self.cache.state(digest) for digest in self._num_blocks}
+        held = {d: self._num_blocks[d] for d, state in states.items() if state in (State.LOADING, State.RESIDENT)}
+        for_adapters = [one.request_id for one in self._requests.values() if one.adapter is not None]
+        self.cache.check(held, for_adapters)
+        self.queues.check()
+        assert len(self._requests) == self.num_waiting + self.num_running, "a request is known to one side only"
+        assert all(request_id in self.queues for request_id in self._requests), "a request has left the queues"
+        assert len(self._admitted_s) == self.num_running, "a request runs that was not admitted"
+        assert self._held_blocks == sum(held.values()), f"{self._held_blocks} blocks counted, {held} held"
+        pinned = {d for d in held if states[d] is State.LOADING or self._running.get(d)}
+        assert self._pinned_blocks == sum(held[d] for d in pinned), f"{self._pinned_blocks} blocks pinned, not {pinned}"
+
+    @property
+    def _idle_blocks(self) -> int:
+        return self._held_blocks - self._pinned_blocks
+
+    def _admission(self, request: QueuedRequest) -> Admission:
+        if request.adapter is None:
+            return Admission.READY
+        state = self.cache.state(request.adapter.digest)
+        if state is State.RESIDENT:
+            return Admission.READY
+        if state in (State.FETCHING, State.LOADING):
+            return Admission.LOADING
+        room = min(self._pool.free_blocks() + self._idle_blocks, self.config.cache.max_blocks - self._pinned_blocks)
+        if self._num_blocks[request.adapter.digest] <= room:
+            return Admission.FITS
+        # Without a host copy there is nothing that room could be used for yet; the cache fetches for whoever waits.
+        return Admission.NO_ROOM if state is State.HOST else Admission.LOADING
+
+    def _fits_after(self, request: QueuedRequest, ended: Sequence[str]) -> bool:
+        """Room for the request's adapter and prompt, idle adapters evicted, once ``ended`` are gone."""
+        gone = set(ended)
+        kv_blocks = sum(self._pool.kv_blocks(request_id) for request_id in gone)
+        digests = {one.adapter.digest for request_id in gone if (one := self._requests[request_id]).adapter}
+        unpinned = sum(self._num_blocks[digest] for digest in digests if self._running[digest] <= gone)
+        free = self._pool.free_blocks() + self._idle_blocks + kv_blocks + unpinned
+        share = self.config.cache.max_blocks - self._pinned_blocks + unpinned
+        adapter_blocks = 0
+        if request.adapter is not None:
+            digest = request.adapter.digest
+            stays = self.cache.state(digest) is State.LOADING or bool(self._running.get(digest, set()) - gone)
+            adapter_blocks = 0 if stays else self._num_blocks[digest]
+        prompt_blocks = -(-request.num_prompt_tokens // self.config.block_tokens)
+        return adapter_blocks <= share and adapter_blocks + prompt_blocks <= free
+
+    def _commit(self, plan: Plan, now_s: float) -> None:
+        self.cache.commit(plan, now_s)
+        for digest in plan.load:
+            self._held_blocks += self._num_blocks[digest]
+            self._pinned_blocks += self._num_blocks[digest]
+        for eviction in plan.evict:
+            self._held_blocks -= eviction.num_blocks
+            if eviction.reason is EvictReason.RETIRED:
+                self._forget_unknown(eviction.digest)
+        for digest in plan.drop:
+            self._forget_unknown(digest)
+
+    def _let_go(self, request_id: str, now_s: float) -> None:
+        adapter = self._requests.pop(request_id).adapter
+        was_running = self._admitted_s.pop(request_id, None) is not None
+        if adapter is not None:
+            self.cache.release(request_id, now_s)
+            if was_running:
+                self._unpin(adapter.digest, request_id)
+            self._forget_unknown(adapter.digest)
+        self._changed = True
+
+    def _unpin(self, digest: str, request_id: str) -> None:
+        running = self._running[digest]
+        running.remove(request_id)
+        if not running:
+            del self._running[digest]
+            self._pinned_blocks -= self._num_blocks[digest]
+
+    def _refused(self, digest: str) -> tuple[str, ...]:
+        self._changed = True
+        requests = self._requests.values()
+        waiting = tuple(one.request_id for one in requests if one.adapter is not None and one.adapter.digest == digest)
+        self._forget_unknown(digest)
+        return waiting
+
+    def _forget_unknown(self, digest: str) -> None:
+        if not self.cache.knows(digest):
+            self._num_blocks.pop(digest, None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """The policy as its queues see it (``AdapterRoom``)."""
+
+    policy: ReplicaPolicy
+
+    def admission(self, request: QueuedRequest) -> Admission:
+        return self.policy._admission(request)
+
+    def fits_after(self, request: QueuedRequest, ended: Sequence[str]) -> bool:
+        return self.policy._fits_after(request, ended)
+
+
+def _mean(mean: float, value: float) -> float:
+    return value if mean == 0.0 else mean + _SMOOTHING * (value - mean)

@@ -1,0 +1,275 @@
+"""The composed policy, driven by a small engine that owns blocks and does only what it is told."""
+
+import random
+
+import pytest
+
+from chameleon_ray.policy.adapter import Adapter, Tier
+from chameleon_ray.policy.admission import Obstacle
+from chameleon_ray.policy.cache import CacheConfig, State, UnknownAdapter
+from chameleon_ray.policy.disciplines import QueueOptions
+from chameleon_ray.policy.queues import QueueError
+from chameleon_ray.policy.replica import AdapterFailed, ReplicaConfig, ReplicaPolicy
+from chameleon_ray.policy.sizing import QueuedRequest, SizingOptions
+
+BLOCK_TOKENS = 10
+
+
+class Engine:
+    """A block pool, host memory and a batch; ``policy`` decides, every plan is carried out and checked."""
+
+    def __init__(self, pool_blocks, discipline="chameleon", max_running=None, host_bytes=10**9, **cache):
+        config = ReplicaConfig(
+            CacheConfig(max_blocks=cache.pop("max_blocks", pool_blocks), host_bytes=host_bytes, **cache),
+            QueueOptions(pool_blocks * BLOCK_TOKENS, SizingOptions(kv_token_bytes=1), max_running=max_running),
+            discipline,
+            BLOCK_TOKENS,
+        )
+        self.pool_blocks = pool_blocks
+        self.kv = {}
+        self.held = {}
+        self.reading = []
+        self.adapters = {}
+        self.requests = {}
+        self.policy = ReplicaPolicy(config, self)
+
+    def free_blocks(self):
+        return self.pool_blocks - sum(self.kv.values()) - sum(self.held.values())
+
+    def kv_blocks(self, request_id):
+        return self.kv[request_id]
+
+    def add(self, **num_blocks):
+        for digest, blocks in num_blocks.items():
+            self.adapters[digest] = (Adapter(digest, rank=blocks, size_bytes=blocks * BLOCK_TOKENS), blocks)
+            self.policy.add_adapter(*self.adapters[digest])
+
+    def arrive(self, request_id, digest=None, prompt=10, output=10, now_s=0.0):
+        adapter = self.adapters[digest][0] if digest else None
+        self.requests[request_id] = QueuedRequest(request_id, prompt, output, adapter)
+        return self.policy.arrive(self.requests[request_id], now_s)
+
+    def carry_out(self, plan):
+        for eviction in plan.evict:
+            assert self.held.pop(eviction.digest) == eviction.num_blocks
+        for digest in plan.load:
+            self.held[digest] = self.adapters[digest][1]
+        self.reading += [("load", digest) for digest in plan.load] + [("fetch", digest) for digest in plan.fetch]
+        assert self.free_blocks() >= 0
+        return plan
+
+    def step(self, now_s=0.0):
+        """One step; ids admitted, in order."""
+        for request_id in self.policy.squashes():
+            self.preempt(request_id, now_s, squashed=True)
+        admitted = []
+        self.policy.begin_step(now_s)
+        while (request := self.policy.peek()) is not None:
+            blocks = -(-(request.num_prompt_tokens + request.num_predicted_tokens) // BLOCK_TOKENS)
+            short = blocks - self.free_blocks()
+            if short > 0:
+                self.carry_out(self.policy.make_room(short, now_s, for_request=request.request_id, or_nothing=True))
+            if blocks > self.free_blocks():
+                self.policy.pass_over(request.request_id, Obstacle.NO_MEMORY)
+                continue
+            self.policy.admit(request.request_id, now_s)
+            self.kv[request.request_id] = blocks
+            admitted.append(request.request_id)
+        self.carry_out(self.policy.end_step(now_s))
+        self.policy.check()
+        return admitted
+
+    def complete(self, count=None):
+        """The oldest ``count`` loads and fetches under way end well."""
+        done, self.reading = self.reading[:count], self.reading[len(self.reading[:count]) :]
+        for what, digest in done:
+            (self.policy.loaded if what == "load" else self.policy.fetched)(digest)
+
+    def preempt(self, request_id, now_s, squashed=False):
+        del self.kv[request_id]
+        self.policy.requeue(request_id, now_s, squashed=squashed)
+
+    def finish(self, request_id, now_s=0.0):
+        del self.kv[request_id]
+        self.policy.finish(request_id, now_s, 10)
+
+    def abort(self, request_id, now_s=0.0):
+        self.kv.pop(request_id, None)
+        self.policy.remove(request_id, now_s)
+
+    def settle(self, now_s=0.0):
+        """Steps until nothing is under way; ids admitted."""
+        admitted = self.step(now_s)
+        while self.reading:
+            self.complete()
+            admitted += self.step(now_s)
+        return admitted
+
+
+def test_a_request_runs_once_its_adapter_is_resident_and_base_requests_at_once():
+    engine = Engine(20)
+    engine.add(a=2)
+    assert not engine.arrive("r1", "a")
+    assert engine.arrive("base")
+    assert engine.step() == ["base"]
+    assert engine.reading == [("fetch", "a")]
+    engine.complete()
+    assert engine.step() == []
+    assert engine.reading == [("load", "a")]
+    engine.complete()
+    assert engine.step() == ["r1"]
+    assert engine.arrive("r2", "a")
+
+
+def test_idle_adapters_give_their_blocks_to_kv_but_never_those_of_the_request_or_of_running_ones():
+    engine = Engine(10)
+    engine.add(a=3, b=3)
+    engine.arrive("r1", "a")
+    engine.settle()
+    engine.arrive("r2", "b", prompt=0, output=10)
+    assert engine.settle() == ["r2"]
+    engine.finish("r2")
+    plan = engine.carry_out(engine.policy.make_room(10, 1.0))
+    assert [eviction.digest for eviction in plan.evict] == ["b"]
+    assert not engine.policy.make_room(9, 1.0, or_nothing=True)
+    engine.finish("r1")
+    engine.arrive("r3", "a", now_s=2.0)
+    assert not engine.policy.make_room(10, 2.0, for_request="r3").evict
+    assert engine.policy.cache.state("a") is State.RESIDENT
+    engine.policy.check()
+
+
+def test_a_blocked_adapter_holds_up_its_queue_until_a_running_request_ends():
+    engine = Engine(10, discipline="fifo")
+    engine.add(big=6)
+    engine.arrive("r1", prompt=50, output=10)
+    assert engine.step() == ["r1"]
+    engine.arrive("r2", "big")
+    engine.settle()
+    engine.arrive("r3")
+    assert engine.step(1.0) == []
+    assert engine.policy.cache.state("big") is State.HOST
+    engine.finish("r1", 2.0)
+    assert engine.settle(2.0) == ["r3", "r2"], "while it loads, it stalls nobody"
+    engine.policy.check()
+
+
+def test_failures_name_the_requests_to_end_and_refuse_others_until_the_retry():
+    engine = Engine(20, retry_after_s=5.0)
+    engine.add(a=2)
+    engine.arrive("r1", "a")
+    engine.arrive("base")
+    engine.step()
+    assert engine.policy.fetch_failed("a", "no such file", 1.0) == ("r1",)
+    engine.reading.clear()
+    engine.abort("r1", 1.0)
+    with pytest.raises(AdapterFailed, match="no such file") as failed:
+        engine.arrive("r2", "a", now_s=2.0)
+    assert failed.value.retry_at_s == 6.0
+    assert engine.policy.snapshot(2.0).failures == {"a": "no such file"}
+    engine.arrive("r3", "a", now_s=6.0)
+    assert engine.settle(6.0) == ["r3"]
+    assert engine.policy.snapshot(6.0).failures == {}
+
+
+def test_a_failed_load_gives_its_blocks_back():
+    engine = Engine(20)
+    engine.add(a=2)
+    engine.arrive("r1", "a")
+    engine.step()
+    engine.complete()
+    engine.step()
+    assert engine.free_blocks() == 18
+    assert engine.policy.load_failed("a", "bad weights", 1.0) == ("r1",)
+    engine.reading.clear()
+    del engine.held["a"]
+    engine.abort("r1")
+    engine.policy.check()
+    assert engine.policy.cache.tiers() == {"a": Tier.ABSENT}
+
+
+def test_misuse_raises_and_changes_nothing():
+    engine = Engine(20)
+    engine.add(a=2)
+    engine.arrive("r1", "a")
+    with pytest.raises(QueueError, match="another id"):
+        engine.arrive("r1", "a")
+    with pytest.raises(UnknownAdapter):
+        engine.policy.arrive(QueuedRequest("r2", 1, 1, Adapter("nobody", 1, 1)), 0.0)
+    for call in (engine.policy.remove, engine.policy.requeue):
+        with pytest.raises(QueueError):
+            call("r2", 0.0)
+    with pytest.raises(QueueError, match="not running"):
+        engine.policy.finish("r1", 0.0, 1)
+    with pytest.raises(QueueError, match="not running"):
+        engine.policy.first_token("r1", 0.0)
+    with pytest.raises(QueueError, match="not the candidate"):
+        engine.policy.admit("r1", 0.0)
+    engine.policy.check()
+    assert engine.settle() == ["r1"]
+
+
+def test_a_retired_adapter_serves_its_requests_and_is_forgotten():
+    engine = Engine(20)
+    engine.add(a=2)
+    engine.arrive("r1", "a")
+    engine.settle()
+    engine.policy.retire_adapter("a")
+    engine.finish("r1", 1.0)
+    engine.step(1.0)
+    assert engine.held == {}
+    assert not engine.policy.cache.knows("a")
+    engine.add(a=2)
+    engine.policy.check()
+
+
+def test_load_reports_recent_service_and_prefill_times():
+    engine = Engine(20, max_running=4)
+    engine.arrive("r1")
+    engine.step(1.0)
+    engine.policy.first_token("r1", 1.25)
+    engine.finish("r1", 3.0)
+    engine.arrive("r2", now_s=3.0)
+    load = engine.policy.load(eviction_cost_s=0.5)
+    assert (load.ttft_s, load.service_s, load.eviction_cost_s) == (0.25, 2.0, 0.5)
+    assert (load.num_running, load.num_waiting, load.max_running) == (0, 1, 4)
+
+
+@pytest.mark.parametrize("discipline", ["chameleon", "fifo", "sjf", "static"])
+@pytest.mark.parametrize("policy", ["chameleon", "discard"])
+def test_random_histories_keep_every_request_and_every_block(discipline, policy):
+    rng = random.Random(f"{discipline}-{policy}")
+    engine = Engine(40, discipline, max_running=6, policy=policy, host_bytes=300, max_blocks=25)
+    engine.add(**{f"a{i}": 1 + i for i in range(10)})
+    live, ended, now_s = set(), 0, 0.0
+    for number in range(1200):
+        now_s += rng.expovariate(20)
+        if len(live) < 30:
+            digest = rng.choice([None, *engine.adapters])
+            engine.arrive(f"r{number}", digest, rng.randrange(1, 120), rng.randrange(1, 40), now_s)
+            live.add(f"r{number}")
+        choice = rng.random()
+        if choice < 0.1:
+            engine.abort(victim := rng.choice(sorted(live)), now_s)
+            live.discard(victim)
+        elif choice < 0.2 and engine.kv:
+            engine.preempt(rng.choice(sorted(engine.kv)), now_s)
+        elif choice < 0.7 and engine.kv:
+            engine.finish(done := rng.choice(sorted(engine.kv)), now_s)
+            live.discard(done)
+            ended += 1
+        if rng.random() < 0.5:
+            engine.complete(1)
+        engine.step(now_s)
+        assert engine.policy.num_running == len(engine.kv)
+        assert engine.policy.num_running + engine.policy.num_waiting == len(live)
+    assert ended > 100
+    for _ in range(2000):
+        engine.complete()
+        engine.step(now_s := now_s + 0.1)
+        for request_id in list(engine.kv):
+            engine.finish(request_id, now_s)
+            live.discard(request_id)
+        if not live:
+            break
+    assert not live, "a request was never admitted"
