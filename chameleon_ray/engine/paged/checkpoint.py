@@ -12,13 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from chameleon_kernels import RowPlan, layer_parts, plan_rows
-from safetensors import SafetensorError, safe_open
 from vllm.lora.utils import parse_fine_tuned_lora_name
 
+from chameleon_ray.adapters.safetensors_header import HeaderError, TensorEntry, read_header
 from chameleon_ray.engine.paged.messages import ModelLayout
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class AdapterFilesError(ValueError):
@@ -40,11 +41,11 @@ def summarise(folder: Path, layout: ModelLayout, max_rank: int) -> AdapterSummar
     """Reads the two files' headers only. Raises AdapterFilesError or OSError."""
     _scale(_read_config(folder))
     ranks = [0] * len(slice_names(layout))
-    with _open(folder) as weights:
-        for name in weights.keys():  # noqa: SIM118 (safe_open is no mapping)
-            (_, slice_index), is_a = _target(name, layout)
-            shape = weights.get_slice(name).get_shape()
-            ranks[slice_index] = max(ranks[slice_index], shape[0 if is_a else 1])
+    for name, entry in _read_header(folder / WEIGHTS_FILE).items():
+        (_, slice_index), is_a = _target(name, layout)
+        if len(entry.shape) != 2:
+            raise AdapterFilesError(f"{name} has the shape {entry.shape}, not that of a matrix")
+        ranks[slice_index] = max(ranks[slice_index], entry.shape[0 if is_a else 1])
     if max(ranks) > max_rank:
         raise AdapterFilesError(f"its rank {max(ranks)} is over the bound of {max_rank}")
     if not any(ranks):
@@ -78,39 +79,64 @@ def read_pages(
     pages: torch.Tensor,
     check_finite: bool,
 ) -> None:
-    """Fill ``pages`` [num_layers, num_pages, page_elems] with the adapter's weights as the kernels read them.
+    """Fill ``pages``, zeros [num_layers, num_pages, page_elems], with the weights as the kernels read them.
 
     Raises AdapterFilesError or OSError; ``pages`` is then not to be used.
     """
     plan = pack_plan(layout, slice_ranks)
     shapes = slice_shapes(layout)
     scale = _scale(_read_config(folder))
-    pages.zero_()
-    with _open(folder) as weights:
-        names: dict[tuple[str, bool], str] = {}
-        for name in weights.keys():  # noqa: SIM118
-            module_name, is_a = _parse(name, layout)
-            names[module_name, is_a] = name
-        for module in modules:
-            a = _tensors(weights, names, module.slices, True)
-            b = _tensors(weights, names, module.slices, False)
-            if all(tensor is None for tensor in a):
+    tensors = {_parse(name, layout): tensor for name, tensor in _read_weights(folder).items()}
+    for module in modules:
+        a = [tensors.get((name, True)) for name in module.slices]
+        b = [tensors.get((name, False)) for name in module.slices]
+        if all(tensor is None for tensor in a + b):
+            continue
+        flat = pages[module.layer].view(-1)
+        for index, (rows_a, rows_b) in enumerate(zip(module.shard_a(a), module.shard_b(b), strict=True)):
+            if rows_a is None and rows_b is None:
                 continue
-            flat = pages[module.layer].view(-1)
-            for index, (rows_a, rows_b) in enumerate(zip(module.shard_a(a), module.shard_b(b), strict=True)):
-                if rows_a is None or rows_b is None:
-                    continue
-                number = module.first_slice + index
-                wanted = (rows_a.shape[0], *shapes[number])
-                if (rows_b.shape[1], rows_a.shape[1], rows_b.shape[0]) != wanted or wanted[0] > slice_ranks[number]:
-                    raise AdapterFilesError(
-                        f"{module.slices[index]}: A {tuple(rows_a.shape)} and B {tuple(rows_b.shape)} do not fit "
-                        f"[rank, {shapes[number][0]}] and [{shapes[number][1]}, rank]"
-                    )
-                _place(flat, rows_a, plan.runs[number][0])
-                _place(flat, rows_b.to(torch.float32).mul(scale).t(), plan.runs[number][1])
-    if check_finite and not all(bool(torch.isfinite(layer).all()) for layer in pages):
+            number = module.first_slice + index
+            _check_pair(module.slices[index], rows_a, rows_b, shapes[number], slice_ranks[number])
+            _place(flat, rows_a, plan.runs[number][0], 1.0)
+            _place(flat, rows_b.t(), plan.runs[number][1], scale)
+    if check_finite and not all(_is_finite(layer) for layer in pages):
         raise AdapterFilesError("its weights are not all finite: train it again, or check the file")
+
+
+def _check_pair(
+    name: str, a: torch.Tensor | None, b: torch.Tensor | None, shape: tuple[int, int], max_rank: int
+) -> None:
+    if a is None or b is None:
+        raise AdapterFilesError(f"{name} has only one of lora_A and lora_B")
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or (a.shape[1], b.shape[0]) != shape:
+        raise AdapterFilesError(
+            f"{name}: A {tuple(a.shape)} and B {tuple(b.shape)} do not fit [rank, {shape[0]}] and [{shape[1]}, rank]"
+        )
+    if a.shape[0] > max_rank:
+        raise AdapterFilesError(f"{name} has changed while it was read")
+
+
+def _is_finite(weights: torch.Tensor) -> bool:
+    # One pass; only a sum that is not finite, which large finite weights can also have, needs the exact answer.
+    return bool(torch.isfinite(weights.sum())) or bool(torch.isfinite(weights).all())
+
+
+def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the file, as views into one buffer: read, not mapped, as a file that shrinks meanwhile must not
+    end the process."""
+    path = folder / WEIGHTS_FILE
+    header = _read_header(path)
+    buffer = bytearray(path.stat().st_size)
+    with path.open("rb", buffering=0) as file:
+        if file.readinto(buffer) != len(buffer) or any(entry.end > len(buffer) for entry in header.values()):
+            raise AdapterFilesError(f"{path} has changed while it was read")
+    return {
+        name: torch.frombuffer(
+            buffer, dtype=_DTYPES[entry.dtype], count=math.prod(entry.shape), offset=entry.start
+        ).view(entry.shape)
+        for name, entry in header.items()
+    }
 
 
 def slice_names(layout: ModelLayout) -> list[str]:
@@ -168,22 +194,13 @@ def _find_runs(offsets: npt.NDArray[np.int64], width: int) -> Runs:
     return runs
 
 
-def _place(flat: torch.Tensor, rows: torch.Tensor, runs: Runs) -> None:
+def _place(flat: torch.Tensor, rows: torch.Tensor, runs: Runs, scale: float) -> None:
     num_rows, width = rows.shape
     for first, count, start in runs:
         if first >= num_rows:
             return
         count = min(count, num_rows - first)
-        flat[start : start + count * width].view(count, width).copy_(rows[first : first + count])
-
-
-def _tensors(
-    weights: Any, names: Mapping[tuple[str, bool], str], slices: tuple[str, ...], is_a: bool
-) -> list[torch.Tensor | None]:
-    return [
-        weights.get_tensor(names[name, is_a]) if (name, True) in names and (name, False) in names else None
-        for name in slices
-    ]
+        torch.mul(rows[first : first + count], scale, out=flat[start : start + count * width].view(count, width))
 
 
 def _parse(name: str, layout: ModelLayout) -> tuple[str, bool]:
@@ -205,14 +222,17 @@ def _target(name: str, layout: ModelLayout) -> tuple[tuple[int, int], bool]:
     return target, is_a
 
 
-def _open(folder: Path) -> Any:
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        raise AdapterFilesError(f"{path} is missing")
+def _read_header(path: Path) -> dict[str, TensorEntry]:
     try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+        header = read_header(path)
+    except FileNotFoundError:
+        raise AdapterFilesError(f"{path} is missing") from None
+    except HeaderError as error:
         raise AdapterFilesError(f"{path} cannot be read: {error}") from None
+    for name, entry in header.items():
+        if entry.dtype not in _DTYPES:
+            raise AdapterFilesError(f"{path}: {name} is {entry.dtype}, not one of {', '.join(_DTYPES)}")
+    return header
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

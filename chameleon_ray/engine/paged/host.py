@@ -148,7 +148,7 @@ class AdapterHost:
         try:
             plan = pack_plan(self.layout, fetch.slice_ranks)
             shape = (self.layout.num_layers, plan.rows.num_pages, self.layout.page_elems)
-            pages = torch.empty(shape, dtype=self._dtype, pin_memory=self._pin)
+            pages = torch.zeros(shape, dtype=self._dtype, pin_memory=self._pin)
             read_pages(Path(fetch.folder), self.layout, self._modules, fetch.slice_ranks, pages, self._check_finite)
             copy = HostCopy(plan, pages)
         except Exception as problem:  # Whatever is wrong with one adapter's files must not end the engine.
