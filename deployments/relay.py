@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
 from fastapi import Request, Response
@@ -36,10 +36,21 @@ class Relay:
         # a model of a wrong type is the replica's to refuse: it knows the protocol
         record = await self._models.resolve(model) if isinstance(model, str) else None
         call = (request.url.path, body, model, record)
-        if fields.get("stream"):
-            return await self._stream(record, call)
+        relayed = self._stream(record, call) if fields.get("stream") else self._whole(record, call)
+        return await _while_connected(request, relayed)
+
+    async def _whole(self, record: AdapterRecord | None, call: tuple[Any, ...]) -> Response:
         answer = self._replica.options(method_name="answer", multiplexed_model_id=_affinity(record))
-        status, media_type, content, engine_s = await once_more(lambda: answer.remote(*call))
+
+        async def attempt() -> Any:
+            response = answer.remote(*call)
+            try:
+                return await response
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+
+        status, media_type, content, engine_s = await once_more(attempt)
         return Response(content, status_code=status, media_type=media_type, headers=_timing(engine_s))
 
     async def _stream(self, record: AdapterRecord | None, call: tuple[Any, ...]) -> Response:
@@ -57,6 +68,28 @@ class Relay:
         if status != 200:
             return Response(first, status_code=status, media_type=media_type)
         return StreamingResponse(_rest(parts, first), media_type=media_type, headers=_timing(engine_s))
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """What ``work`` returns; cancelled when the client goes first (its body has been read: only that can come).
+
+    From a stream's first token on, its response looks after that itself.
+    """
+    working, gone = asyncio.create_task(work), asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ApiError(499, "The client closed the connection.", "client_closed_request")
+        return working.result()
+    finally:
+        working.cancel()
+        gone.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _rest(parts: DeploymentResponseGenerator[Any], first: bytes) -> AsyncIterator[bytes]:
