@@ -1,0 +1,1 @@
+"""Parts of ``chameleon bench serve``: what to send, sending it on time, and what came back."""

@@ -1,0 +1,98 @@
+"""A small OpenAI-compatible server whose timing and faults a test chooses; it runs in the test's own event loop."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+Body = dict[str, Any]
+
+
+@dataclass
+class StreamServer:
+    """Streams ``max_tokens`` events: the first after first_token_s, each further one gap_s later.
+
+    Models with a meaning: ``busy`` gets a 503, ``broken`` an error after the first token, ``cut`` a connection that
+    closes after it, ``empty`` no token, ``stuck`` never the second. requests: all bodies, in order of arrival.
+    """
+
+    first_token_s: float = 0.02
+    gap_s: float = 0.01
+    usage: bool = True
+    models: list[Body] = field(default_factory=list)
+    requests: list[Body] = field(default_factory=list)
+    url: str = ""
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                lines = head.decode().lower().split("\r\n")
+                length = next((int(line.split(":")[1]) for line in lines if line.startswith("content-length:")), 0)
+                content = await reader.readexactly(length)
+                if lines[0].startswith("get /v1/models"):
+                    await self._whole(writer, 200, {"data": self.models})
+                else:
+                    await self._complete(writer, json.loads(content))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    async def _complete(self, writer: asyncio.StreamWriter, body: Body) -> None:
+        self.requests.append(body)
+        model = body["model"]
+        if model == "busy":
+            return await self._whole(writer, 503, {"error": {"message": "overloaded"}})
+        count = {"prompt_tokens": len(body["prompt"].split()), "completion_tokens": body["max_tokens"]}
+        if not body.get("stream"):
+            return await self._whole(writer, 200, {"choices": [{"text": "a"}], "usage": count})
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        await asyncio.sleep(self.first_token_s)
+        for number in range(0 if model == "empty" else body["max_tokens"]):
+            if number:
+                await asyncio.sleep(3600 if model == "stuck" else self.gap_s)
+                if model == "broken":
+                    self._event(writer, {"error": {"message": "engine died"}})
+                    break
+                if model == "cut":
+                    raise ConnectionError
+            self._event(writer, {"choices": [{"text": ' "error" '}], "usage": None})
+        if self.usage:
+            self._event(writer, {"choices": [], "usage": count})
+        self._chunk(writer, b"data: [DONE]\n\n")
+        writer.write(b"0\r\n\r\n")
+        await writer.drain()
+
+    async def _whole(self, writer: asyncio.StreamWriter, status: int, fields: Body) -> None:
+        content = json.dumps(fields).encode()
+        writer.write(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n%b" % (status, len(content), content))
+        await writer.drain()
+
+    def _event(self, writer: asyncio.StreamWriter, fields: Body) -> None:
+        self._chunk(writer, b"data: " + json.dumps(fields).encode() + b"\n\n")
+
+    def _chunk(self, writer: asyncio.StreamWriter, content: bytes) -> None:
+        writer.write(b"%x\r\n%b\r\n" % (len(content), content))
+
+
+@asynccontextmanager
+async def serving(server: StreamServer) -> AsyncIterator[StreamServer]:
+    """The server on a free port of loopback."""
+    listening = await asyncio.start_server(server, "127.0.0.1", 0)
+    server.url = "http://127.0.0.1:%d" % listening.sockets[0].getsockname()[1]
+    try:
+        yield server
+    finally:
+        listening.close()
+
+
+def bounded(test: Callable[[], Any], limit_s: float = 15.0) -> None:
+    """Run a coroutine function to its end or fail."""
+
+    async def run() -> None:
+        async with asyncio.timeout(limit_s):
+            await test()
+
+    asyncio.run(run())
