@@ -29,7 +29,7 @@ constexpr int ROWS = 32;           // Rank rows of a shrink item.
 constexpr int COLUMNS = 1024;      // Output columns of an expand item.
 constexpr int GROUPS_PER_THREAD = 8;
 constexpr int NUM_COUNTS = 8;      // The regions of the metadata are those of batch.py.
-constexpr int64_t SERIAL_ELEMS = 16384;  // Below so many weights, waking threads costs more than it saves.
+constexpr int64_t SERIAL_PRODUCTS = 131072;  // Below so many multiplications, waking threads costs more than it saves.
 
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef uint32_t Words __attribute__((vector_size(LANES * 4)));
@@ -259,20 +259,20 @@ struct Group { size_t shrink_end, expand_end; };
 struct Work {
   std::vector<Item> shrink, expand;
   std::vector<Group> groups;
-  int64_t weight_elems = 0;
+  int64_t products = 0;
 };
 
 void plan(const Batch& batch, const Part& part, Work& work) {
   work.shrink.clear();
   work.expand.clear();
   work.groups.clear();
-  work.weight_elems = 0;
+  work.products = 0;
   for (int64_t g = 0; g < batch.num_segments; ++g) {
     int64_t out_start = 0;
     for (int64_t s = 0; s < part.num_slices; out_start += part.widths[s++]) {
       int64_t rank = stored_rows(batch.rows(g, part.first_slice + s, 0), batch.rank[g]);
       if (rank == 0) continue;
-      work.weight_elems += batch.len[g] * rank * (part.in_features + part.widths[s]);
+      work.products += batch.len[g] * rank * (part.in_features + part.widths[s]);
       for (int64_t t = 0; t < batch.len[g]; t += TOKENS) {
         Item item{g, s, 0, 0, batch.start[g] + t, least(TOKENS, batch.len[g] - t), rank, out_start};
         for (item.first = 0; item.first < rank; item.first += ROWS) {
@@ -359,7 +359,7 @@ extern "C" int chameleon_paged_lora(int steps, const void* x, int64_t x_stride, 
   } catch (...) {
     return 1;
   }
-  if (work.weight_elems < SERIAL_ELEMS) num_threads = 1;
+  if (work.products < SERIAL_PRODUCTS) num_threads = 1;
   TYPED[x_dtype][w_dtype](work, batch, part, x, x_stride, y, y_stride, kv, hidden, steps, num_threads);
   return 0;
 }
