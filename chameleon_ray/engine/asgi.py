@@ -11,6 +11,9 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 AsgiApp = Callable[[dict[str, Any], Receive, Send], Awaitable[None]]
 
+LEAVE_LIMIT_S = 1.0
+"""An application that has been told of the disconnect may take this long to end by itself."""
+
 
 @dataclass(frozen=True, slots=True)
 class Head:
@@ -60,8 +63,13 @@ class AsgiCall:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        # First told, then cancelled: vLLM's handlers work in a task of their own, which a disconnect ends, whereas
+        # cancelling whoever waits for it would leave it, and the request in the engine, running to the end.
         self._gone.set()
-        self._task.cancel()
+        try:
+            await asyncio.wait({self._task}, timeout=LEAVE_LIMIT_S)
+        finally:
+            self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         if self._head.done() and not self._head.cancelled():
             self._head.exception()  # retrieved, so that asyncio does not report it once more

@@ -133,3 +133,38 @@ def test_an_application_that_says_nothing_is_an_error() -> None:
                 await call.head()
 
     run(test)
+
+
+def test_leaving_early_reaches_work_that_the_application_does_in_another_task() -> None:
+    """As vLLM's ``with_cancellation`` does it: its handler task outlives whoever only waits for it."""
+    ended = asyncio.Event()
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    async def disconnect(receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    async def app(scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        tasks = [asyncio.create_task(work()), asyncio.create_task(disconnect(receive))]
+        _, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+
+    async def test() -> None:
+        async def use() -> None:
+            async with AsgiCall(app, "/", b"") as call:
+                await call.head()
+
+        user = asyncio.create_task(use())
+        await asyncio.sleep(0.01)
+        user.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await user
+        await ended.wait()
+
+    run(test)
