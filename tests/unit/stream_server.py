@@ -5,6 +5,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 Body = dict[str, Any]
@@ -15,15 +16,22 @@ class StreamServer:
     """Streams ``max_tokens`` events: the first after first_token_s, each further one gap_s later.
 
     Models with a meaning: ``busy`` gets a 503, ``broken`` an error after the first token, ``cut`` a connection that
-    closes after it, ``empty`` no token, ``stuck`` never the second. requests: all bodies, in order of arrival.
+    closes after it, ``empty`` no token, ``stuck`` never the second. hold_until: answer nothing before so many requests
+    have come. requests: all bodies, in order of arrival; arrived_s, sent_s: when they and the events came and went.
     """
 
     first_token_s: float = 0.02
     gap_s: float = 0.01
     usage: bool = True
+    hold_until: int = 0
     models: list[Body] = field(default_factory=list)
     requests: list[Body] = field(default_factory=list)
+    arrived_s: list[float] = field(default_factory=list)
+    sent_s: list[float] = field(default_factory=list)
     url: str = ""
+
+    def __post_init__(self) -> None:
+        self._enough = asyncio.Event()
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -42,6 +50,10 @@ class StreamServer:
 
     async def _complete(self, writer: asyncio.StreamWriter, body: Body) -> None:
         self.requests.append(body)
+        self.arrived_s.append(perf_counter())
+        if len(self.requests) >= self.hold_until:
+            self._enough.set()
+        await self._enough.wait()
         model = body["model"]
         if model == "busy":
             return await self._whole(writer, 503, {"error": {"message": "overloaded"}})
@@ -58,6 +70,7 @@ class StreamServer:
                     break
                 if model == "cut":
                     raise ConnectionError
+            self.sent_s.append(perf_counter())
             self._event(writer, {"choices": [{"text": ' "error" '}], "usage": None})
         if self.usage:
             self._event(writer, {"choices": [], "usage": count})
@@ -81,7 +94,8 @@ class StreamServer:
 async def serving(server: StreamServer) -> AsyncIterator[StreamServer]:
     """The server on a free port of loopback."""
     listening = await asyncio.start_server(server, "127.0.0.1", 0)
-    server.url = "http://127.0.0.1:%d" % listening.sockets[0].getsockname()[1]
+    port = listening.sockets[0].getsockname()[1]
+    server.url = f"http://127.0.0.1:{port}"
     try:
         yield server
     finally:

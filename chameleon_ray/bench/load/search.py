@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from math import sqrt
 
-SLOWEST = 1 / 1024
+SLOWEST = 1 / 32
 """The search gives up at this share of where it began."""
 LATE_RETRIES = 2
 
