@@ -1,0 +1,443 @@
+"""One simulated replica: an engine with continuous batching around the product's own ``ReplicaPolicy``.
+
+A step decodes one token for every request whose prompt is computed, and spends the rest of its token budget on prompts
+(chunked prefill), oldest admission first. Decoding costs the simulator nothing per request: the step at which a request
+needs its next KV block, and the one at which it ends, are known when its prompt is done. As vLLM does, memory that runs
+out is first taken from idle adapters, then from the request admitted last (preempted, to be computed again).
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from chameleon_ray.policy.adapter import Adapter, Tier
+from chameleon_ray.policy.admission import Obstacle
+from chameleon_ray.policy.cache_types import Plan
+from chameleon_ray.policy.lengths import LengthFeatures, LengthPredictor
+from chameleon_ray.policy.replica import ReplicaConfig, ReplicaPolicy
+from chameleon_ray.policy.sizing import QueuedRequest
+from chameleon_ray.sim.costs import CostModel
+from chameleon_ray.sim.link import Link
+from chameleon_ray.sim.loop import Event
+from chameleon_ray.sim.workload import SimRequest
+
+_PASS_INTERVAL_S = 0.05
+"""How long decisions may rest while nothing has happened that could change them."""
+_WATERMARK_SHARE = 0.01
+"""Of the pool, kept free when a request joins others, as vLLM does, so that running requests can grow."""
+
+Outcome = Literal["finished", "refused", "lost"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineMode:
+    """How the engine around the policies works.
+
+    blocking_loads: needed adapters are loaded between steps, nothing is computed meanwhile (S-LoRA); else beside them.
+    reserve_outputs: a request starts only with KV blocks for its predicted output (S-LoRA); else they are taken as it
+    grows (vLLM). check_every: full conservation checks after every so many steps; 0: only at the end.
+    """
+
+    blocking_loads: bool = False
+    reserve_outputs: bool = False
+    check_every: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A request at a replica, and what became of it. Times are None until they happen.
+
+    generated: tokens given so far. prefill_tokens, prefill_left: tokens to compute before the next one (after a
+    preemption, those given so far as well). end_step, grow_step: numbers of steps.
+    """
+
+    request: SimRequest
+    hit: bool = True
+    num_predicted_tokens: int = 1
+    admitted_s: float | None = None
+    first_token_s: float | None = None
+    end_s: float | None = None
+    outcome: Outcome | None = None
+    generated: int = 0
+    prefill_tokens: int = 0
+    prefill_left: int = 0
+    kv_blocks: int = 0
+    first_decode_step: int = 0
+    end_step: int = 0
+    grow_step: int = 0
+    num_preemptions: int = 0
+
+    @property
+    def rank(self) -> int:
+        """Rank of its adapter; 0 for the base model."""
+        return self.request.adapter.rank if self.request.adapter else 0
+
+
+class SimReplica:
+    """Drives one policy by a cost model; its methods return the events that follow."""
+
+    def __init__(
+        self,
+        costs: CostModel,
+        config: ReplicaConfig,
+        mode: EngineMode,
+        predictor: LengthPredictor,
+        ended: Callable[[Job, float], None],
+        moved: Callable[[str, float], Iterable[Event]] | None = None,
+    ) -> None:
+        """ended: hears of every job that left. moved: hears of adapters whose tier may have changed."""
+        self.costs = costs
+        self.mode = mode
+        self.policy = ReplicaPolicy(config, self)
+        self.jobs: dict[str, Job] = {}
+        self.batch: dict[str, Job] = {}
+        self.num_steps = 0
+        self.busy_s = 0.0
+        self.alive = True
+        self.host_link = Link(costs.links.host_bytes_s, costs.links.overhead_s)
+        self.disk_link = Link(costs.links.disk_bytes_s)
+        self.source_link = Link(costs.links.source_bytes_s)
+        self._predictor = predictor
+        self._ended = ended
+        self._moved = moved
+        self._adapters: dict[str, Adapter] = {}
+        self._on_disk: set[str] = set()
+        self._adapter_blocks: dict[str, int] = {}
+        self._held_blocks = 0
+        self._kv_blocks = 0
+        self._prefilling: dict[str, Job] = {}
+        self._num_decoding = 0
+        self._decode_context = 0
+        self._decode_ranks = 0
+        self._batch_adapters: dict[str, int] = {}
+        self._batch_adapter_bytes = 0
+        self._ends_at: defaultdict[int, list[Job]] = defaultdict(list)
+        self._grows_at: defaultdict[int, list[Job]] = defaultdict(list)
+        self._stepping = self._dirty = False
+        self._stalled_by: set[str] = set()
+        self._next_pass_s = 0.0
+        self._polling = False
+
+    # What the policy asks (``BlockPool``)
+
+    def free_blocks(self) -> int:
+        """Blocks that nobody holds."""
+        return self.costs.memory.pool_blocks - self._kv_blocks - self._held_blocks
+
+    def kv_blocks(self, request_id: str) -> int:
+        """Blocks of a running request's KV cache."""
+        return self.batch[request_id].kv_blocks
+
+    # What happens from outside
+
+    def add_adapter(self, adapter: Adapter, tier: Tier = Tier.DISK, now_s: float = 0.0) -> None:
+        """Make an adapter known at a tier of DISK or below, or with a host copy at HOST if host memory has room."""
+        num_blocks = self.costs.adapter_blocks(adapter.size_bytes)
+        self.policy.add_adapter(adapter, num_blocks, on_disk=tier >= Tier.DISK)
+        self._adapters[adapter.digest] = adapter
+        if tier >= Tier.DISK:
+            self._on_disk.add(adapter.digest)
+        if tier == Tier.HOST:
+            plan = self.policy.cache.plan([adapter.digest], 0, now_s)
+            if plan.fetch == (adapter.digest,) and not plan.drop:
+                self.policy.cache.commit(plan, now_s)
+                self.policy.fetched(adapter.digest)
+
+    def arrive(self, request: SimRequest, now_s: float) -> Iterable[Event]:
+        """A request arrives; one that can never fit is refused."""
+        job = Job(request)
+        adapter = request.adapter
+        if self._blocks(request.num_prompt_tokens + request.num_output_tokens) + (
+            self.costs.adapter_blocks(adapter.size_bytes) if adapter else 0
+        ) > int(self.costs.memory.pool_blocks * (1 - _WATERMARK_SHARE)):
+            self._leave(job, "refused", now_s)
+            return ()
+        job.num_predicted_tokens = self._predictor.predict(_features(request))
+        queued = QueuedRequest(request.request_id, request.num_prompt_tokens, job.num_predicted_tokens, adapter)
+        self.jobs[request.request_id] = job
+        job.hit = self.policy.arrive(queued, now_s)
+        self._dirty = True
+        return self._wake(now_s)
+
+    def fail(self, now_s: float) -> list[Job]:
+        """The replica dies: everything it had is lost, none of its events happens any more. Returns its jobs."""
+        self.alive = False
+        lost = list(self.jobs.values())
+        for job in lost:
+            self._leave(job, "lost", now_s)
+        self.jobs.clear()
+        return lost
+
+    def check(self) -> None:
+        """AssertionError unless blocks, requests and the policy's view of them add up."""
+        self.policy.check()
+        self._check_blocks()
+        assert sum(job.kv_blocks for job in self.batch.values()) == self._kv_blocks, "KV blocks are lost"
+        assert sum(self._adapter_blocks.values()) == self._held_blocks, "adapters' blocks are lost"
+        assert self.policy.num_running == len(self.batch)
+        assert self.policy.num_running + self.policy.num_waiting == len(self.jobs), "a request is lost"
+        assert self._num_decoding == len(self.batch) - len(self._prefilling)
+
+    def check_end(self) -> None:
+        """``check``, and that nothing is left to do."""
+        self.check()
+        assert not self.jobs, f"{len(self.jobs)} requests never ended"
+        for link in (self.host_link, self.disk_link, self.source_link):
+            link.check_idle()
+
+    # Steps
+
+    def _wake(self, now_s: float) -> Iterable[Event]:
+        if self._stepping or self._stalled_by or not self.alive:
+            return ()
+        return self._begin_step(now_s)
+
+    def _begin_step(self, now_s: float) -> Iterable[Event]:
+        events: list[Event] = []
+        if self._dirty or now_s >= self._next_pass_s:
+            self._decide(now_s, events)
+            if self._stalled_by:
+                return events
+        if not self.batch:
+            events += self._poll(now_s)
+            return events
+        number = self.num_steps + 1
+        for job in self._grows_at.pop(number, ()):
+            if job.grow_step == number:
+                self._grow(job, now_s, events)
+        num_tokens, context, token_ranks = self._num_decoding, self._decode_context, self._decode_ranks
+        budget = max(0, self.costs.limits.max_step_tokens - num_tokens)
+        for job in self._prefilling.values():
+            chunk = min(budget, job.prefill_left)
+            if chunk == 0:
+                break
+            context += job.prefill_tokens - job.prefill_left
+            token_ranks += chunk * job.rank
+            num_tokens += chunk
+            budget -= chunk
+            job.prefill_left -= chunk
+        duration_s = self.costs.step_s(num_tokens, context, token_ranks, self._batch_adapter_bytes)
+        self.busy_s += duration_s
+        self._stepping = True
+        events.append((now_s + duration_s, self._end_step))
+        return events
+
+    def _end_step(self, now_s: float) -> Iterable[Event]:
+        if not self.alive:
+            return ()
+        self._stepping = False
+        self.num_steps += 1
+        self._decode_context += self._num_decoding
+        for job in self._ends_at.pop(self.num_steps, ()):
+            if job.end_step == self.num_steps:
+                self._finish(job, now_s)
+        done = []
+        for job in self._prefilling.values():
+            if job.prefill_left:
+                break
+            done.append(job)
+        for job in done:
+            del self._prefilling[job.request.request_id]
+            self._start_decoding(job, now_s)
+        if self.mode.check_every and self.num_steps % self.mode.check_every == 0:
+            self.check()
+        else:
+            self._check_blocks()
+        return self._begin_step(now_s)
+
+    def _poll(self, now_s: float) -> Iterable[Event]:
+        """Nothing runs; if requests wait for more than a load under way, look again soon."""
+        if not self.jobs or self._polling:
+            return ()
+        self._polling = True
+        return [(now_s + _PASS_INTERVAL_S, self._polled)]
+
+    def _polled(self, now_s: float) -> Iterable[Event]:
+        self._polling = False
+        return self._wake(now_s)
+
+    def _decide(self, now_s: float, events: list[Event]) -> None:
+        """The policy's part of a step: squashes, admissions, loads."""
+        policy = self.policy
+        self._dirty = False
+        self._next_pass_s = now_s + _PASS_INTERVAL_S
+        for request_id in policy.squashes():
+            self._preempt(self.batch[request_id], now_s, squashed=True)
+        limits = self.costs.limits
+        due = len(self._grows_at.get(self.num_steps + 1, ()))
+        budget = limits.max_step_tokens - self._num_decoding - sum(j.prefill_left for j in self._prefilling.values())
+        watermark = int(self.costs.memory.pool_blocks * _WATERMARK_SHARE)
+        policy.begin_step(now_s)
+        while len(self.batch) < limits.max_running and (request := policy.peek()) is not None:
+            if budget <= 0:
+                self._dirty = True
+                break
+            job = self.jobs[request.request_id]
+            num_blocks = self._blocks_to_start(job)
+            short = num_blocks + due + (watermark if self.batch else 0) - self.free_blocks()
+            if short > 0:
+                plan = policy.make_room(short, now_s, for_request=request.request_id, or_nothing=True)
+                self._carry_out(plan, now_s, events)
+                if plan.freed_blocks < short:
+                    policy.pass_over(request.request_id, Obstacle.NO_MEMORY)
+                    continue
+            policy.admit(request.request_id, now_s)
+            self._admit(job, num_blocks, now_s)
+            budget -= job.prefill_left
+        plan = policy.end_step(now_s, reserved_blocks=len(self.batch))
+        self._carry_out(plan, now_s, events)
+        if self.mode.blocking_loads:
+            self._stalled_by.update(plan.load[: len(plan.load) - plan.num_prefetch])
+
+    def _admit(self, job: Job, num_blocks: int, now_s: float) -> None:
+        if job.admitted_s is None:
+            job.admitted_s = now_s
+        job.prefill_tokens = job.prefill_left = job.request.num_prompt_tokens + job.generated
+        job.kv_blocks = num_blocks
+        self._kv_blocks += num_blocks
+        request_id = job.request.request_id
+        self.batch[request_id] = self._prefilling[request_id] = job
+        if (adapter := job.request.adapter) is not None:
+            count = self._batch_adapters.get(adapter.digest, 0)
+            self._batch_adapters[adapter.digest] = count + 1
+            if not count:
+                self._batch_adapter_bytes += adapter.size_bytes
+
+    def _start_decoding(self, job: Job, now_s: float) -> None:
+        """The prompt is computed: that gives a token, and fixes the steps at which the request grows and ends."""
+        job.generated += 1
+        if job.first_token_s is None:
+            job.first_token_s = now_s
+            self.policy.first_token(job.request.request_id, now_s)
+        self._num_decoding += 1
+        self._decode_context += job.prefill_tokens + 1
+        self._decode_ranks += job.rank
+        job.first_decode_step = self.num_steps + 1
+        left = job.request.num_output_tokens - job.generated
+        job.end_step = self.num_steps + left
+        if left == 0:
+            self._finish(job, now_s)
+            return
+        self._ends_at[job.end_step].append(job)
+        self._plan_growth(job)
+
+    def _plan_growth(self, job: Job) -> None:
+        job.grow_step = job.first_decode_step + job.kv_blocks * self.costs.memory.block_tokens - job.prefill_tokens
+        if job.grow_step <= job.end_step:
+            self._grows_at[job.grow_step].append(job)
+
+    def _grow(self, job: Job, now_s: float, events: list[Event]) -> None:
+        """One more KV block, from idle adapters or from whoever was admitted last if need be."""
+        request_id = job.request.request_id
+        while request_id in self.batch and self.free_blocks() < 1:
+            plan = self.policy.make_room(1, now_s, for_request=request_id)
+            self._carry_out(plan, now_s, events)
+            if not plan.evict:
+                self._preempt(next(reversed(self.batch.values())), now_s)
+        if request_id in self.batch:
+            job.kv_blocks += 1
+            self._kv_blocks += 1
+            self._plan_growth(job)
+
+    def _preempt(self, job: Job, now_s: float, squashed: bool = False) -> None:
+        if job.request.request_id not in self._prefilling:
+            job.generated += self.num_steps + 1 - job.first_decode_step
+        self._take_out(job)
+        job.num_preemptions += 1
+        self.policy.requeue(job.request.request_id, now_s, squashed=squashed)
+        self._dirty = True
+
+    def _finish(self, job: Job, now_s: float) -> None:
+        self._take_out(job)
+        request_id = job.request.request_id
+        del self.jobs[request_id]
+        job.generated = job.request.num_output_tokens
+        self.policy.finish(request_id, now_s, job.generated)
+        self._predictor.observe(_features(job.request), job.generated)
+        self._leave(job, "finished", now_s)
+        self._dirty = True
+
+    def _take_out(self, job: Job) -> None:
+        """Out of the batch; its blocks are free."""
+        request_id = job.request.request_id
+        del self.batch[request_id]
+        if self._prefilling.pop(request_id, None) is None:
+            self._num_decoding -= 1
+            self._decode_context -= job.prefill_tokens + self.num_steps + 2 - job.first_decode_step
+            self._decode_ranks -= job.rank
+        self._kv_blocks -= job.kv_blocks
+        job.kv_blocks = job.grow_step = job.end_step = 0
+        if (adapter := job.request.adapter) is not None:
+            self._batch_adapters[adapter.digest] -= 1
+            if not self._batch_adapters[adapter.digest]:
+                del self._batch_adapters[adapter.digest]
+                self._batch_adapter_bytes -= adapter.size_bytes
+
+    def _leave(self, job: Job, outcome: Outcome, now_s: float) -> None:
+        job.end_s, job.outcome = now_s, outcome
+        self._ended(job, now_s)
+
+    # Adapters
+
+    def _carry_out(self, plan: Plan, now_s: float, events: list[Event]) -> None:
+        for eviction in plan.evict:
+            self._held_blocks -= self._adapter_blocks.pop(eviction.digest)
+            events += self._announce(eviction.digest, now_s)
+        for digest in plan.drop:
+            events += self._announce(digest, now_s)
+        for digest in plan.load:
+            num_blocks = self.costs.adapter_blocks(self._adapters[digest].size_bytes)
+            self._adapter_blocks[digest] = num_blocks
+            self._held_blocks += num_blocks
+            events += self.host_link.transfer(self._adapters[digest].size_bytes, partial(self._loaded, digest), now_s)
+        for digest in plan.fetch:
+            link, done = self.disk_link, self._fetched
+            if digest not in self._on_disk:
+                link, done = self.source_link, self._downloaded
+            events += link.transfer(self._adapters[digest].size_bytes, partial(done, digest), now_s)
+
+    def _downloaded(self, digest: str, now_s: float) -> Iterable[Event]:
+        self._on_disk.add(digest)
+        return self.disk_link.transfer(self._adapters[digest].size_bytes, partial(self._fetched, digest), now_s)
+
+    def _fetched(self, digest: str, now_s: float) -> Iterable[Event]:
+        if not self.alive:
+            return ()
+        self.policy.fetched(digest)
+        self._dirty = True
+        return [*self._announce(digest, now_s), *self._wake(now_s)]
+
+    def _loaded(self, digest: str, now_s: float) -> Iterable[Event]:
+        if not self.alive:
+            return ()
+        self.policy.loaded(digest)
+        self._stalled_by.discard(digest)
+        self._dirty = True
+        return [*self._announce(digest, now_s), *self._wake(now_s)]
+
+    def _announce(self, digest: str, now_s: float) -> Iterable[Event]:
+        return self._moved(digest, now_s) if self._moved is not None else ()
+
+    # Sizes
+
+    def _blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.costs.memory.block_tokens)
+
+    def _blocks_to_start(self, job: Job) -> int:
+        num_tokens = job.request.num_prompt_tokens + job.generated
+        if self.mode.reserve_outputs:
+            num_tokens = max(num_tokens, job.request.num_prompt_tokens + job.num_predicted_tokens)
+        return self._blocks(num_tokens)
+
+    def _check_blocks(self) -> None:
+        assert self._kv_blocks >= 0 and self._held_blocks >= 0 and self.free_blocks() >= 0, (
+            f"{self._kv_blocks} blocks of KV cache and {self._held_blocks} of adapters in a pool of "
+            f"{self.costs.memory.pool_blocks}"
+        )
+
+
+def _features(request: SimRequest) -> LengthFeatures:
+    digest = request.adapter.digest if request.adapter else None
+    return LengthFeatures(digest, request.num_prompt_tokens, None, request.num_output_tokens)

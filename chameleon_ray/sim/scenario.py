@@ -1,0 +1,236 @@
+"""One simulated run of one replica: what an operator may set, and what comes out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from chameleon_ray.policy.adapter import Adapter, Tier
+from chameleon_ray.policy.cache_types import CacheConfig, CacheStats
+from chameleon_ray.policy.disciplines import DISCIPLINES, QueueOptions
+from chameleon_ray.policy.eviction import POLICIES
+from chameleon_ray.policy.lengths import HistoryPredictor, LengthPredictor, OraclePredictor
+from chameleon_ray.policy.replica import ReplicaConfig
+from chameleon_ray.policy.sizing import SizingOptions
+from chameleon_ray.sim.costs import CostModel, Count, Positive, load_cost_model
+from chameleon_ray.sim.loop import Event, run
+from chameleon_ray.sim.replica import EngineMode, Job, SimReplica
+from chameleon_ray.sim.workload import SimRequest, WorkloadConfig, generate, make_adapters
+
+Share = Field(1.0, gt=0, le=1)
+
+
+class PolicySettings(BaseModel):
+    """scheduling, eviction: names as in the product's configuration. max_adapter_share: of the pool, for adapters.
+
+    predictor_accuracy: share of right length classes told by an oracle; None: the product's online predictor.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    scheduling: str = "chameleon"
+    eviction: str = "chameleon"
+    prefetch: bool = True
+    histogram_prefetch: bool = False
+    max_adapter_share: float = Share
+    size_form: Literal["product", "sum"] = "product"
+    k_rule: Literal["elbow", "min_wcss"] = "elbow"
+    max_queues: Count = 4
+    refresh_s: Positive = 300.0
+    slo_s: Positive | None = None
+    predictor_accuracy: float | None = Field(None, ge=0, le=1)
+
+    @field_validator("scheduling")
+    @classmethod
+    def _known_discipline(cls, name: str) -> str:
+        if name not in DISCIPLINES:
+            raise ValueError(f"{name!r} is not one of {', '.join(DISCIPLINES)}")
+        return name
+
+    @field_validator("eviction")
+    @classmethod
+    def _known_eviction(cls, name: str) -> str:
+        if name not in POLICIES:
+            raise ValueError(f"{name!r} is not one of {', '.join(POLICIES)}")
+        return name
+
+
+class EngineSettings(BaseModel):
+    """See ``EngineMode``. host_resident: all adapters that host memory holds lie there from the start."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    blocking_loads: bool = False
+    reserve_outputs: bool = False
+    host_resident: bool = True
+
+
+class Scenario(BaseModel):
+    """One run. cost_model: a shipped one's name, or a path. Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    cost_model: str = "a40-llama-7b"
+    workload: WorkloadConfig
+    policy: PolicySettings = PolicySettings()
+    engine: EngineSettings = EngineSettings()
+    seed: int = Field(0, ge=0)
+    check_every_steps: int = Field(0, ge=0)
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """Jobs that arrived after the warm-up, in order of their end, and the run's totals."""
+
+    jobs: list[Job]
+    num_requests: int
+    end_s: float
+    busy_s: float
+    host_link_busy_s: float
+    num_events: int
+    num_steps: int
+    cache: CacheStats
+    num_admissions: int
+    num_bypasses: int
+    num_squashes: int
+
+    def ttfts_s(self) -> np.ndarray:
+        """Times to first token of finished requests, in order of their end."""
+        return np.array([j.first_token_s - j.request.arrival_s for j in self.jobs if j.first_token_s is not None])
+
+    def summary(self) -> dict[str, float]:
+        """Figures of a run, all in seconds, shares or counts; NaN where there was nothing to measure."""
+        done = [job for job in self.jobs if job.outcome == "finished"]
+        ttfts = self.ttfts_s()
+        e2e = np.array([job.end_s - job.request.arrival_s for job in done])
+        gaps = [
+            (job.end_s - job.first_token_s) / (job.request.num_output_tokens - 1)
+            for job in done
+            if job.request.num_output_tokens > 1
+        ]
+        queued = np.array([job.admitted_s - job.request.arrival_s for job in done])
+        with_adapter = [job.hit for job in done if job.request.adapter is not None]
+        return {
+            "requests": len(self.jobs),
+            "finished": len(done),
+            "refused": sum(job.outcome == "refused" for job in self.jobs),
+            "ttft_p50_s": _quantile(ttfts, 0.5),
+            "ttft_p99_s": _quantile(ttfts, 0.99),
+            "ttft_mean_s": _mean(ttfts),
+            "tbt_mean_s": _mean(gaps),
+            "tbt_p99_s": _quantile(gaps, 0.99),
+            "e2e_mean_s": _mean(e2e),
+            "e2e_p99_s": _quantile(e2e, 0.99),
+            "queue_mean_s": _mean(queued),
+            "queue_share": float(queued.sum() / e2e.sum()) if len(done) else float("nan"),
+            "hit_rate": _mean(with_adapter),
+            "preemptions": sum(job.num_preemptions for job in self.jobs),
+            "loads": self.cache.loads,
+            "loads_per_request": self.cache.loads / max(1, self.num_requests),
+            "bypasses": self.num_bypasses,
+            "squash_share": self.num_squashes / max(1, self.num_admissions),
+            "busy_share": self.busy_s / max(self.end_s, 1e-9),
+            "host_link_share": self.host_link_busy_s / max(self.end_s, 1e-9),
+            "end_s": self.end_s,
+            "events": self.num_events,
+            "steps": self.num_steps,
+        }
+
+
+def replica_config(costs: CostModel, policy: PolicySettings) -> ReplicaConfig:
+    """The product's policy objects' configuration for a replica of that kind."""
+    memory = costs.memory
+    cache = CacheConfig(
+        max_blocks=max(1, int(memory.pool_blocks * policy.max_adapter_share)),
+        host_bytes=memory.host_bytes,
+        policy=policy.eviction,
+        prefetch=policy.prefetch,
+        histogram_prefetch=policy.histogram_prefetch,
+    )
+    queues = QueueOptions(
+        total_tokens=costs.pool_tokens,
+        sizing=SizingOptions(memory.kv_bytes_per_token, form=policy.size_form),
+        max_running=costs.limits.max_running,
+        max_queues=policy.max_queues,
+        k_rule=policy.k_rule,
+        slo_s=policy.slo_s,
+        refresh_s=policy.refresh_s,
+    )
+    return ReplicaConfig(cache, queues, policy.scheduling, memory.block_tokens)
+
+
+def make_predictor(policy: PolicySettings, max_model_len: int, seed: int) -> LengthPredictor:
+    """The oracle of the set accuracy, or the product's online predictor."""
+    if policy.predictor_accuracy is None:
+        return HistoryPredictor(max_model_len)
+    return OraclePredictor(policy.predictor_accuracy, Random(f"predictor-{seed}"), max_model_len)
+
+
+def simulate(
+    scenario: Scenario,
+    costs: CostModel | None = None,
+    requests: list[SimRequest] | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> RunResult:
+    """Run a scenario to the end of its last request. Raises CostModelError, TraceError.
+
+    costs, requests: instead of the scenario's. progress: hears of simulated seconds, about a hundred times.
+    """
+    costs = costs or load_cost_model(scenario.cost_model)
+    adapters = make_adapters(scenario.workload.adapters, costs.memory.adapter_bytes_per_rank)
+    if requests is None:
+        requests = generate(scenario.workload, adapters, costs.limits.max_model_len, scenario.seed)
+    jobs: list[Job] = []
+    engine = scenario.engine
+    replica = SimReplica(
+        costs,
+        replica_config(costs, scenario.policy),
+        EngineMode(engine.blocking_loads, engine.reserve_outputs, scenario.check_every_steps),
+        make_predictor(scenario.policy, costs.limits.max_model_len, scenario.seed),
+        lambda job, _: jobs.append(job),
+    )
+    for adapter in _asked_for(adapters, requests):
+        replica.add_adapter(adapter, Tier.HOST if engine.host_resident else Tier.DISK)
+    events: list[Event] = [(request.arrival_s, partial(replica.arrive, request)) for request in requests]
+    if progress is not None:
+        marks = np.linspace(0, scenario.workload.duration_s, 101)[1:]
+        events += [(float(mark), partial(_report, progress)) for mark in marks]
+    end_s, num_events = run(events)
+    replica.check_end()
+    assert len(jobs) == len(requests), f"{len(requests)} requests came, {len(jobs)} left"
+    queues = replica.policy.queues.state()
+    return RunResult(
+        jobs=[job for job in jobs if job.request.arrival_s >= scenario.workload.warmup_s],
+        num_requests=len(requests),
+        end_s=max((job.end_s or 0.0 for job in jobs), default=end_s),
+        busy_s=replica.busy_s,
+        host_link_busy_s=replica.host_link.busy_s,
+        num_events=num_events,
+        num_steps=replica.num_steps,
+        cache=replica.policy.cache.stats(),
+        num_admissions=queues.num_admissions,
+        num_bypasses=queues.num_bypasses,
+        num_squashes=queues.num_squashes,
+    )
+
+
+def _report(progress: Callable[[float], None], now_s: float) -> tuple[()]:
+    progress(now_s)
+    return ()
+
+
+def _asked_for(adapters: list[Adapter], requests: list[SimRequest]) -> list[Adapter]:
+    extra = {r.adapter.digest: r.adapter for r in requests if r.adapter is not None}
+    return list({**{adapter.digest: adapter for adapter in adapters}, **extra}.values())
+
+
+def _quantile(values: Any, share: float) -> float:
+    return float(np.quantile(values, share)) if len(values) else float("nan")
+
+
+def _mean(values: Any) -> float:
+    return float(np.mean(values)) if len(values) else float("nan")
