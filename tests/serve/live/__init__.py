@@ -1,0 +1,1 @@
+"""Tests against the running application over HTTP; a package, so that the application stops with its last test."""
