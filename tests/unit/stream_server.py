@@ -16,7 +16,7 @@ class StreamServer:
     """Streams ``max_tokens`` events: the first after first_token_s, each further one gap_s later.
 
     Models with a meaning: ``busy`` gets a 503, ``broken`` an error after the first token, ``cut`` a connection that
-    closes after it, ``empty`` no token, ``stuck`` never the second. hold_until: answer nothing before so many requests
+    closes after it, ``endless`` no [DONE], ``empty`` no token, ``stuck`` never the second. hold_until: answer nothing before so many requests
     have come. requests: all bodies, in order of arrival; arrived_s, sent_s: when they and the events came and went.
     """
 
@@ -74,7 +74,8 @@ class StreamServer:
             self._event(writer, {"choices": [{"text": ' "error" '}], "usage": None})
         if self.usage:
             self._event(writer, {"choices": [], "usage": count})
-        self._chunk(writer, b"data: [DONE]\n\n")
+        if model != "endless":
+            self._chunk(writer, b"data: [DONE]\n\n")
         writer.write(b"0\r\n\r\n")
         await writer.drain()
 

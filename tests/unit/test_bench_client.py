@@ -99,6 +99,7 @@ def test_a_client_that_falls_behind_says_so_and_its_lateness_counts_as_latency()
         ("busy", "http_503", "overloaded"),
         ("broken", "stream_error", "engine died"),
         ("cut", "truncated", ""),
+        ("endless", "truncated", "without [DONE]"),
         ("empty", "empty", "no tokens"),
     ],
 )
