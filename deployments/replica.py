@@ -91,6 +91,7 @@ class Replica:
             async with self._serving(path, body, model, record) as call:
                 head, begun = await call.head(), False
                 async for chunk in call.chunks(self._pause_s):
+                    self._die_with_engine()  # before vLLM's own word on it counts as the stream's first part
                     yield chunk if begun else (head.status, head.media_type, chunk, call.age_s)
                     begun = True
                 if not begun:
