@@ -61,7 +61,10 @@ test_config.__test__ = False  # type: ignore[attr-defined]
 class Service:
     """A running application; ``start`` and ``stop`` are the fixture's, the rest is for tests."""
 
-    def __init__(self, demo: DemoPaths, redis: BundledRedis, folder: Path):
+    def __init__(
+        self, demo: DemoPaths, redis: BundledRedis, folder: Path, edit: Callable[[Any], None] = lambda _: None
+    ):
+        """folder: for configuration, logs and adapters. edit: changes the configuration in place before the start."""
         self.demo = demo
         self.redis = redis
         self.uploads = folder / "uploads"
@@ -71,6 +74,7 @@ class Service:
         self._config_path = folder / "local.yaml"
         self._log_path = folder / "chameleon-serve.log"
         self._config = test_config(demo, redis.url, folder, self._port)
+        edit(self._config)
         arguments = self._config["applications"][0]["args"]
         self.base: str = arguments["model"]["name"]
         self.max_model_len: int = arguments["engine"]["max_model_len"]
@@ -207,9 +211,19 @@ class Service:
 
 
 def assert_gone(processes: list[psutil.Process], limit_s: float = 20.0) -> None:
-    """Fails unless all of them end within ``limit_s``."""
-    _, alive = psutil.wait_procs(processes, timeout=limit_s)
-    assert not alive, f"still running after {limit_s:g} s: {[_name(process) for process in alive]}"
+    """Fails unless all of them end within ``limit_s``; one that only its parent has not waited for yet has ended."""
+
+    def have_ended() -> bool:
+        return not any(_runs(process) for process in processes)
+
+    wait_for(have_ended, f"the end of {[_name(process) for process in processes]}", limit_s)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _session(process: psutil.Process) -> int | None:

@@ -59,7 +59,7 @@ def test_a_replica_that_dies_costs_only_what_it_had_begun_and_comes_back(
     assert len(failed) <= CLIENTS
     for one in failed:
         assert one.status == 200 and one.texts, f"not begun, but not tried elsewhere: {one}"
-        assert one.error["code"] in (500, 502) and "incomplete" in one.error["message"], one.error
+        assert (one.error["code"], one.error["type"]) == (502, "replica_died"), one.error
 
     def is_back() -> bool:
         text_of(complete(service, service.base))
