@@ -6,11 +6,11 @@ from functools import partial
 from typing import Any
 
 import pytest
+from live.calls import complete, completion, concurrently, error_of, stream
+from live.service import Service
 
 from chameleon_ray.demo import DemoPaths
 from chameleon_ray.redis_server import BundledRedis
-from live.calls import complete, completion, concurrently, error_of, stream
-from live.service import Service
 
 CLIENTS = 48
 RETRY_AFTER_S = 7
