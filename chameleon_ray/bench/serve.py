@@ -117,8 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and print; the exit status. What was measured before an interruption is written as well."""
     comparison = _Comparison(arguments)
     try:
-        if arguments.plot:
-            load_pyplot()  # before an hour of measuring, not after
+        _check_outputs(arguments)
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(comparison.measure())
@@ -179,8 +178,8 @@ class _Comparison:
         self.results["complete"] = True
 
     def write(self) -> None:
-        """The files that were asked for."""
-        if self._arguments.json:
+        """The files that were asked for, once anything was measured."""
+        if self._arguments.json and self.results["unloaded"]:
             self._arguments.json.write_text(json.dumps(self.results, indent=2) + "\n")
         if self._arguments.plot and self.results["loads"]:
             plot(self._arguments.plot, self.results["loads"], self.results.get("slo"))
@@ -271,6 +270,15 @@ class _Comparison:
             print("\n" + table(f"{name} at {rate_per_s:.3g} requests/s", figures, self._max_late_s), flush=True)
             self.results["loads"].append({"target": name, "rate_per_s": rate_per_s, **figures})
         return figures
+
+
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    """Before an hour of measuring, not after. Raises LoadError."""
+    if arguments.plot:
+        load_pyplot()
+    for path in (arguments.json, arguments.plot):
+        if path and not path.absolute().parent.is_dir():
+            raise LoadError(f"cannot write {path}: there is no folder {path.absolute().parent}")
 
 
 def _targets(arguments: argparse.Namespace) -> list[Target]:

@@ -245,7 +245,9 @@ def test_bad_input_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert command("--target", "x") == 1
     assert command("--target", "http://127.0.0.1:9") == 1
     assert command("--target", "http://127.0.0.1:9", "--target", "http://127.0.0.1:9") == 1
+    assert command("--json", "no/such/folder/f.json") == 1
     errors = capsys.readouterr().err
+    assert "cannot write no/such/folder/f.json" in errors
     assert "--target x: give http://" in errors
     assert "/v1/models lists no models" in errors
     assert "two targets have the same name" in errors
