@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from chameleon_ray.bench import serve as bench_serve
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; its exit status."""
@@ -31,6 +33,9 @@ def _parser() -> argparse.ArgumentParser:
     local.set_defaults(run=_bench_local)
     policy = benches.add_parser("policy", help="time per decision of scheduler, cache and router policies")
     policy.set_defaults(run=_bench_policy)
+    load = benches.add_parser("serve", help="open-loop load on OpenAI-compatible servers, side by side")
+    bench_serve.add_arguments(load)
+    load.set_defaults(run=bench_serve.run)
     for bench in (local, policy):
         bench.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     return parser

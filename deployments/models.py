@@ -20,6 +20,7 @@ class Models:
     def __init__(self, config: AppConfig, follower: ClusterFollower, store: CatalogStore):
         self.base = config.model.served_name
         self._source = config.model.source
+        self._max_model_len = config.engine.max_model_len
         self._follower = follower
         self._store = store
         self._absent: dict[str, float] = {}
@@ -52,6 +53,7 @@ class Models:
             "owned_by": "chameleon-ray",
             "root": record.uri if record else self._source,
             "parent": self.base if record else None,
+            "max_model_len": self._max_model_len,
         }
 
     async def _lookup(self, name: str) -> AdapterRecord | None:
