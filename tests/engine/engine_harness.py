@@ -88,6 +88,8 @@ class PagedEngine:
                 tuple(completion.token_ids), completion.finish_reason, completion.stop_reason
             )
         self.memory.check()
+        running = {request.request_id for request in self.scheduler.running if request.lora_request is not None}
+        assert self.memory.running == running
 
     def run(self, until: Callable[[], bool]) -> None:
         """Step until the condition holds, or fail."""

@@ -1,8 +1,11 @@
 """KV memory shared by requests and adapters: who has to give way, and that nothing is ever lost."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
-from engine_harness import PagedEngine
+from engine_harness import PagedEngine, Reference
 
 from chameleon_ray.demo import DemoPaths
 from chameleon_ray.policy.cache import EvictReason
@@ -24,23 +27,33 @@ def _fill_with_idle_adapters(engine: PagedEngine, demo: DemoPaths) -> int:
     return held
 
 
-def _preemptions_of_a_burst(engine: PagedEngine, seed: int) -> int:
-    """32 requests that together need far more than all blocks."""
-    requests = [engine.add(_long_prompt(seed + i, 300), max_tokens=200) for i in range(32)]
-    # Requests are freed as they end, so their preemptions are counted where they happen.
-    num_preemptions, preempt = 0, engine.scheduler._preempt_request
+@dataclass
+class _Preemptions:
+    count: int = 0
+
+
+@contextmanager
+def _counted_preemptions(engine: PagedEngine) -> Iterator[_Preemptions]:
+    # Requests are forgotten as they end, so preemptions are counted where they happen.
+    counted, preempt = _Preemptions(), engine.scheduler._preempt_request
 
     def counting(*args: object, **kwargs: object) -> None:
-        nonlocal num_preemptions
-        num_preemptions += 1
+        counted.count += 1
         preempt(*args, **kwargs)
 
     engine.scheduler._preempt_request = counting
     try:
-        engine.finish(requests)
+        yield counted
     finally:
         del engine.scheduler._preempt_request
-    return num_preemptions
+
+
+def _preemptions_of_a_burst(engine: PagedEngine, seed: int) -> int:
+    """32 requests that together need far more than all blocks."""
+    requests = [engine.add(_long_prompt(seed + i, 300), max_tokens=200) for i in range(32)]
+    with _counted_preemptions(engine) as preemptions:
+        engine.finish(requests)
+    return preemptions.count
 
 
 def test_kv_burst_takes_idle_adapters_blocks_and_preempts_nobody_for_them(engine: PagedEngine, demo: DemoPaths) -> None:
@@ -90,30 +103,48 @@ def test_adapters_hold_no_more_than_their_share(engine: PagedEngine, demo: DemoP
 def test_request_waiting_for_a_large_adapter_is_not_starved_by_those_behind_it(
     engine: PagedEngine, demo: DemoPaths
 ) -> None:
-    # Small adapters' requests come without end; they hold the adapters' share, so the large one never fits by itself.
+    # Requests for four adapters come without end and in turn, so that each of the four is always in use. They fill the
+    # adapters' share but for a few blocks: a fifth never fits unless those behind it have to wait.
     names = demo.adapter_names()
-    small = [name for name in names if "-r64-" in name or "-r128-" in name]
-    large = small.pop()
+    large = [name for name in names if "-r128-" in name]
+    used = [*large[:3], next(name for name in names if "-r64-" in name)]
+    engine.memory.evict_idle()
 
-    def add_small(i: int) -> str:
-        return engine.add(PROMPT, engine.adapter(demo.adapters / small[i % len(small)]), max_tokens=20)
+    def add(i: int) -> str:
+        return engine.add(PROMPT, engine.adapter(demo.adapters / used[i % 4]), max_tokens=10 + i % 7)
 
-    live = [add_small(i) for i in range(32)]
-    engine.run(lambda: any(engine.outcomes[request].tokens for request in live))
-    waiting = engine.add(PROMPT, engine.adapter(demo.adapters / large), max_tokens=1)
+    live = [add(i) for i in range(16)]
+    engine.run(lambda: len(engine.scheduler.running) == 16)
+    stats = engine.memory.cache.stats()
+    assert stats.adapters_resident == 4 and stats.blocks_held + 17 > engine.memory.cache.config.max_blocks
+    waiting = engine.add(PROMPT, engine.adapter(demo.adapters / large[3]), max_tokens=1)
     num_behind = 0
 
     def ended() -> bool:
         nonlocal num_behind
-        done = [request for request in live if engine.outcomes[request].finish_reason]
-        for request in done:
+        for request in [request for request in live if engine.outcomes[request].finish_reason]:
             live.remove(request)
-            live.append(add_small(num_behind))
+            live.append(add(num_behind))
             num_behind += 1
+        assert num_behind < 200, "it waits while all that came after it is served"
         return engine.outcomes[waiting].finish_reason is not None
 
     engine.run(ended)
-    assert num_behind < 64, "it waited for two whole generations of requests that came after it"
+
+
+def test_preempted_request_holds_its_adapter_no_longer(
+    engine: PagedEngine, demo: DemoPaths, reference: Reference
+) -> None:
+    names = demo.adapter_names()[:4]
+    burst = [
+        engine.add(_long_prompt(i, 250), engine.adapter(demo.adapters / names[i % 4]), max_tokens=200)
+        for i in range(32)
+    ]
+    short = engine.add("Hello, my name is", engine.adapter(demo.adapters / names[0]), max_tokens=100)
+    with _counted_preemptions(engine) as preemptions:
+        engine.finish([*burst, short])  # ``step`` compares who runs with who holds a reference.
+    assert preemptions.count > 0
+    assert engine.outcomes[short].tokens == reference.tokens("Hello, my name is", names[0], 100)
 
 
 def test_ten_thousand_aborts_leave_nothing_behind(engine: PagedEngine, demo: DemoPaths) -> None:

@@ -190,6 +190,11 @@ class AdapterMemory:
                 self._end_work(what, self._by_number[number], self._errors.pop(number, None))
 
     @property
+    def running(self) -> frozenset[str]:
+        """Requests that hold a reference to their adapter."""
+        return frozenset(self._running)
+
+    @property
     def is_busy(self) -> bool:
         """Whether workers still have something to report."""
         stats = self.cache.stats()
