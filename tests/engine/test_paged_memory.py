@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from engine_harness import PagedEngine, Reference
 
 from chameleon_ray.demo import DemoPaths
+from chameleon_ray.engine.paged.stats import StatsReporter
+from chameleon_ray.policy.adapter import Tier
 from chameleon_ray.policy.cache import EvictReason
 
 PROMPT = list(range(10, 40))
@@ -175,3 +177,28 @@ def test_prefix_cache_can_be_reset_although_idle_adapters_hold_blocks(engine: Pa
     engine.finish([engine.add(PROMPT, engine.adapter(demo.adapters / demo.adapter_names()[0]), 1)])
     assert engine.memory.cache.stats().blocks_held > 0
     assert engine.scheduler.reset_prefix_cache()
+
+
+def test_report_to_the_front_end_says_what_has_changed(engine: PagedEngine, demo: DemoPaths) -> None:
+    names = demo.adapter_names()
+    engine.memory.evict_idle()
+    now_s = 0.0
+    reporter = StatsReporter(engine.memory, lambda: now_s)
+    first = reporter.take()
+    assert first is not None
+    assert reporter.take() is None, "nothing has changed"
+    request = engine.add(PROMPT, engine.adapter(demo.adapters / names[0]), 4)
+    engine.run(lambda: len(engine.outcomes[request].tokens) > 1)
+    assert reporter.take() is None, "it is not yet time, and more steps will follow"
+    now_s = 1.0
+    busy = reporter.take()
+    assert busy is not None
+    engine.finish([request])
+    idle = reporter.take()
+    assert idle is not None, "this step may be the last for long"
+    assert (busy.data["cache"]["requests_running"], idle.data["cache"]["requests_running"]) == (1, 0)
+    assert list(busy.data["tiers"].values()) == [Tier.GPU] and idle.data["tiers"] == {}
+    assert busy.data["seconds"]["load"] and not idle.data["seconds"]["load"]
+    assert idle.data["cache"]["loads"] == first.data["cache"]["loads"] + 1
+    both = busy.aggregate(idle).data
+    assert both["tiers"] == busy.data["tiers"] and both["cache"] == idle.data["cache"]

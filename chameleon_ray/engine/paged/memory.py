@@ -64,6 +64,7 @@ class AdapterMemory:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.cache = AdapterCache(settings.cache_config(layout.num_blocks))
+        self.num_changes = 0  # Grows with whatever ``stats.py`` reports.
         self.seconds: list[tuple[str, float]] = []  # Durations of finished work since somebody last took them.
         self._layout = layout
         self._num_ranks = num_ranks
@@ -84,6 +85,7 @@ class AdapterMemory:
         self._errors: dict[int, str] = {}
         self._blocked: str | None = None
         self._planned_at_s = float("-inf")
+        self._load_s, self._loaded_bytes = 0.0, 0
 
     # What happens to requests
 
@@ -110,6 +112,7 @@ class AdapterMemory:
         known = self._requests.pop(request_id, None)
         if known is None:
             return
+        self.num_changes += 1
         self._failed.pop(request_id, None)
         self._running.discard(request_id)
         if request_id in self._cached:
@@ -121,6 +124,7 @@ class AdapterMemory:
     def start(self, request_id: str) -> None:
         """The request runs from now on: its adapter stays until it is released or preempted."""
         if request_id in self._requests and request_id not in self._running:
+            self.num_changes += 1
             self.cache.acquire(request_id, self._clock())
             self._running.add(request_id)
 
@@ -128,6 +132,7 @@ class AdapterMemory:
         """The request waits again."""
         if request_id in self._running:
             self._running.remove(request_id)
+            self.num_changes += 1
             self.cache.requeue(request_id, self._clock())
 
     def is_ready(self, request: Request) -> bool:
@@ -182,12 +187,18 @@ class AdapterMemory:
         """What workers have done meanwhile. An adapter's work has ended when all ranks say so."""
         self._errors.update(results.errors)
         self.seconds += results.seconds
+        self._load_s += sum(seconds for what, seconds in results.seconds if what == "load")
         for what, counts in (("fetch", results.fetched), ("load", results.loaded)):
             finished = self._finished[what]
             finished.update(counts)
             for number in [number for number in counts if finished[number] == self._num_ranks]:
                 del finished[number]
                 self._end_work(what, self._by_number[number], self._errors.pop(number, None))
+
+    @property
+    def num_requests(self) -> int:
+        """Live requests for adapters."""
+        return len(self._requests)
 
     @property
     def running(self) -> frozenset[str]:
@@ -213,6 +224,16 @@ class AdapterMemory:
                 failures[known.digest] = failure.reason
         return failures
 
+    def eviction_cost_s(self) -> float:
+        """Seconds that later requests lose if one more adapter is loaded (``AdapterCache.eviction_cost_s``), at the
+        mean rate of all loads so far."""
+        if not self._loaded_bytes:
+            return 0.0
+        s_per_byte = self._load_s / self._loaded_bytes
+        return self.cache.eviction_cost_s(
+            self._pool.get_num_free_blocks(), self._clock(), lambda size_bytes: size_bytes * s_per_byte
+        )
+
     def check(self) -> None:
         """Raise CacheCorrupt unless the cache's, the pool's and this object's numbers agree."""
         owned = {known.digest: len(known.blocks) for known in self._known.values() if known.blocks}
@@ -228,6 +249,7 @@ class AdapterMemory:
         self._inspector.shutdown(wait=False, cancel_futures=True)
 
     def _enqueue(self, request_id: str, known: _Known) -> None:
+        self.num_changes += 1
         now_s = self._clock()
         if known.summary is not None:
             if failure := self.cache.failure(known.digest, now_s):
@@ -290,6 +312,7 @@ class AdapterMemory:
         return admissible
 
     def _carry_out(self, plan: Plan, now_s: float) -> None:
+        self.num_changes += 1
         self.cache.commit(plan, now_s)
         for eviction in plan.evict:
             self._give_back(self._known[eviction.digest])
@@ -310,7 +333,10 @@ class AdapterMemory:
         known.blocks = []
 
     def _end_work(self, what: str, known: _Known, error: str | None) -> None:
+        self.num_changes += 1
         if error is None:
+            if what == "load" and known.summary is not None:
+                self._loaded_bytes += known.summary.size_bytes * self._num_ranks
             (self.cache.fetched if what == "fetch" else self.cache.loaded)(known.digest)
             return
         reason = self._refused(known, error)

@@ -10,13 +10,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStat
 from chameleon_ray.engine.paged.memory import AdapterMemory
 
 REPORT_INTERVAL_S = 0.1
-"""Statistics travel with a step's output at most so often."""
+"""Statistics travel with a step's output at most so often while requests for adapters are live."""
 
 
 class AdapterStats(KVConnectorStats):
     """``data``: ``cache`` (``policy.cache_types.CacheStats``: totals and gauges), ``tiers`` (digest -> tier number of
     those that changed since the last report), ``failures`` (digest -> reason, all), ``seconds`` (``fetch`` and ``load``
-    durations since the last report)."""
+    durations since the last report), ``eviction_cost_s`` (what one more adapter would cost later requests)."""
 
     def reset(self) -> None:
         self.data = {}
@@ -45,19 +45,20 @@ class StatsReporter:
         self._clock = clock
         self._tiers: dict[str, int] = {}
         self._reported_at_s = float("-inf")
-        self._last: dict[str, Any] = {}
+        self._num_changes = -1
 
     def take(self) -> AdapterStats | None:
         """A report, or None if it is not yet time for one or nothing has changed."""
         now_s = self._clock()
-        if now_s < self._reported_at_s + REPORT_INTERVAL_S:
+        if self._memory.num_changes == self._num_changes:
             return None
+        if self._memory.num_requests and now_s < self._reported_at_s + REPORT_INTERVAL_S:
+            return None  # There will be more steps; without requests this one may be the last for long.
+        self._reported_at_s, self._num_changes = now_s, self._memory.num_changes
         cache = asdict(self._memory.cache.stats())
         cache["evictions"] = {str(reason): count for reason, count in cache["evictions"].items()}
         report: dict[str, Any] = {"cache": cache, "failures": self._memory.failures()}
-        if report == self._last and not self._memory.seconds:
-            return None
-        self._reported_at_s, self._last = now_s, dict(report)
+        report["eviction_cost_s"] = self._memory.eviction_cost_s()
         tiers = {digest: int(tier) for digest, tier in self._memory.cache.tiers().items()}
         report["tiers"] = {digest: tier for digest, tier in tiers.items() if self._tiers.get(digest) != tier}
         self._tiers = tiers
