@@ -38,11 +38,23 @@ class ModelConfig(_Section):
 class EngineConfig(_Section):
     """One vLLM engine (per replica)."""
 
-    adapter_memory: Literal["slots"] = Field(
-        default="slots", description="where adapters live in GPU memory; `slots`: vLLM's own fixed LoRA slots"
+    adapter_memory: Literal["paged", "slots"] = Field(
+        default="slots",
+        description="where adapters live in GPU memory; `paged`: idle KV-cache memory, `slots`: vLLM's own LoRA slots",
     )
-    max_loras: PositiveInt = Field(default=8, description="adapter slots in GPU memory (adapters in one batch)")
-    max_cpu_loras: PositiveInt = Field(default=64, description="adapters kept in host memory (at least `max_loras`)")
+    adapter_memory_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.5, description="`paged`: most of the KV cache that adapters may take, against cached prefixes"
+    )
+    adapter_host_gib: PositiveFloat = Field(
+        default=4.0, description="`paged`: host memory for adapters, in GiB per GPU; the least useful leave first"
+    )
+    adapter_policy: Literal["chameleon", "fairshare", "lru", "gdsf", "discard"] = Field(
+        default="chameleon", description="`paged`: which idle adapters leave first"
+    )
+    max_loras: PositiveInt = Field(default=8, description="`slots`: adapter slots in GPU memory")
+    max_cpu_loras: PositiveInt = Field(
+        default=64, description="`slots`: adapters kept in host memory (at least `max_loras`)"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="`auto`: what the installed vLLM is built for"
     )

@@ -13,6 +13,7 @@ from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from chameleon_ray.config import AppConfig, ConfigError, EngineConfig
+from chameleon_ray.engine.paged.options import PagedSettings, paged_arguments
 
 GIB = 2**30
 RESIDENCY_EXTENSION = "chameleon_ray.engine.residency.AdapterResidency"
@@ -65,19 +66,38 @@ def _own_arguments(config: AppConfig) -> dict[str, Any]:
         "enable_prefix_caching": engine.enable_prefix_caching,
         "enforce_eager": engine.enforce_eager,
         "enable_lora": True,
-        "max_loras": engine.max_loras,
-        "max_cpu_loras": engine.max_cpu_loras,
-        "max_lora_rank": lora_rank_bound(config.adapters.max_rank),
-        "worker_extension_cls": RESIDENCY_EXTENSION,
         "enable_log_requests": False,
         "disable_fastapi_docs": True,
     }
+    arguments |= _paged(config) if engine.adapter_memory == "paged" else _slots(config)
     kv_cache_gib = engine.kv_cache_gib
     if kv_cache_gib is None and resolve_device(engine) == "cpu":
         kv_cache_gib = 1.0  # vLLM's own default takes a share of all host memory, for every engine on the machine
     if kv_cache_gib is not None:
         arguments["kv_cache_memory_bytes"] = int(kv_cache_gib * GIB)
     return arguments
+
+
+def _slots(config: AppConfig) -> dict[str, Any]:
+    return {
+        "max_loras": config.engine.max_loras,
+        "max_cpu_loras": config.engine.max_cpu_loras,
+        "max_lora_rank": lora_rank_bound(config.adapters.max_rank),
+        "worker_extension_cls": RESIDENCY_EXTENSION,
+    }
+
+
+def _paged(config: AppConfig) -> dict[str, Any]:
+    return paged_arguments(
+        PagedSettings(
+            memory_share=config.engine.adapter_memory_share,
+            host_bytes=int(config.engine.adapter_host_gib * GIB),
+            max_rank=config.adapters.max_rank,
+            check_finite=config.adapters.check_finite,
+            retry_after_s=config.adapters.retry_after_s,
+            policy=config.engine.adapter_policy,
+        )
+    )
 
 
 def _checked(args: Namespace, extra: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Importing this module imports vLLM: only processes that run an engine should.
 """
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
@@ -24,9 +25,12 @@ from chameleon_ray.adapters.record import AdapterRecord
 from chameleon_ray.config import AppConfig
 from chameleon_ray.engine.asgi import AsgiCall
 from chameleon_ray.engine.options import GIB, server_args
+from chameleon_ray.engine.paged.options import unsupported_reason
 from chameleon_ray.engine.stats import LoadStats, RequestRates
 from chameleon_ray.policy.adapter import Tier
 from chameleon_ray.policy.routing import ReplicaLoad
+
+logger = logging.getLogger("ray.serve")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,10 @@ class EngineServer:
         """Start the engine and its serving layer; returns when it can take requests."""
         args = server_args(config)
         vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
+        if config.engine.adapter_memory == "paged" and (reason := unsupported_reason(vllm_config)) is not None:
+            logger.warning("engine.adapter_memory: adapters go to vLLM's slots, not to KV memory: %s", reason)
+            slots = config.engine.model_copy(update={"adapter_memory": "slots"})
+            return await cls.start(config.model_copy(update={"engine": slots}), stat_loggers)
         made: list[LoadStats] = []
 
         def load_stats(config: Any, engine_index: int = 0) -> LoadStats:
@@ -133,7 +141,11 @@ class EngineServer:
         self._accepted.add(record.digest)
 
     async def refresh_residency(self) -> None:
-        """Ask the engine's worker what its slots hold."""
+        """Ask the engine's worker what its slots hold; adapters in KV memory are reported by the engine itself."""
+        if self._config.engine.adapter_memory == "paged":
+            known = {digest: tier for digest, tier in self._stats.adapter_tiers.items() if tier is not Tier.ABSENT}
+            self._tiers = {digest: known.get(digest[:16], Tier.DISK) for digest in self._accepted}
+            return
         answers = await self._engine.collective_rpc("adapter_residency")
         gpu_ids, host_ids = answers[0]
         self._gpu_order = [self._digests[lora_id] for lora_id in gpu_ids if lora_id in self._digests]
@@ -179,6 +191,8 @@ class EngineServer:
     def _eviction_cost_s(self) -> float:
         """Seconds of reloading that taking the next slot costs per second of waiting customers: the victim's rate
         within the window times its load time; 0 while a slot is free."""
+        if self._config.engine.adapter_memory == "paged":
+            return self._stats.eviction_cost_s
         if len(self._gpu_order) < self._config.engine.max_loras:
             return 0.0
         router, now_s = self._config.router, time.monotonic()

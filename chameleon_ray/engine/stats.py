@@ -1,11 +1,14 @@
 """A replica's load as its engine reports it, in the terms the router ranks by."""
 
 from collections import deque
+from collections.abc import Mapping
+from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
+from chameleon_ray.policy.adapter import Tier
 from chameleon_ray.policy.routing import ReplicaLoad
 
 SMOOTHING = 0.1
@@ -21,6 +24,11 @@ class LoadStats(StatLoggerBase):
         self.max_running = vllm_config.scheduler_config.max_num_seqs
         self.service_s = 0.0
         self.ttft_s = 0.0
+        # Of adapters in KV memory (engine/paged/stats.py); digests are the short ones of LoRA names.
+        self.adapter_cache: dict[str, Any] = {}
+        self.adapter_tiers: dict[str, Tier] = {}
+        self.adapter_failures: dict[str, str] = {}
+        self.eviction_cost_s = 0.0
 
     def record(
         self,
@@ -32,11 +40,18 @@ class LoadStats(StatLoggerBase):
         if scheduler_stats is not None:
             self.num_running = scheduler_stats.num_running_reqs
             self.num_waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
+            self._record_adapters(scheduler_stats.kv_connector_stats or {})
         for request in iteration_stats.finished_requests if iteration_stats is not None else ():
             if request.num_generation_tokens == 0:
                 continue  # it ended without a first token: vLLM's times for it mean nothing
             self.service_s = _mean(self.service_s, request.inference_time)
             self.ttft_s = _mean(self.ttft_s, request.prefill_time)
+
+    def _record_adapters(self, report: Mapping[str, Any]) -> None:
+        self.adapter_cache = report.get("cache", self.adapter_cache)
+        self.adapter_failures = report.get("failures", self.adapter_failures)
+        self.eviction_cost_s = report.get("eviction_cost_s", self.eviction_cost_s)
+        self.adapter_tiers |= {digest: Tier(tier) for digest, tier in report.get("tiers", {}).items()}
 
     def log_engine_initialized(self) -> None:
         pass
