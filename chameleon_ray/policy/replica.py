@@ -91,6 +91,7 @@ class ReplicaPolicy:
         self._held_blocks = 0
         self._pinned_blocks = 0
         self._needed: dict[str, None] = {}
+        self._blocked: str | None = None
         self._changed = False
         self._planned_at_s = float("-inf")
         self._service_s = self._ttft_s = 0.0
@@ -192,9 +193,13 @@ class ReplicaPolicy:
     def peek(self) -> QueuedRequest | None:
         """The next request that may run as far as adapter, quota and order go; the same until it is decided upon."""
         while (request := self.queues.peek()) is not None:
-            if request.adapter is None or self.cache.state(request.adapter.digest) is State.RESIDENT:
+            if request.adapter is None:
                 return request
+            # Resident ones as well: else the adapter of a request that waits for KV memory would leave for one that
+            # is needed after it, and come back, and so on.
             self._needed[request.adapter.digest] = None
+            if self.cache.state(request.adapter.digest) is State.RESIDENT:
+                return request
             self.queues.pass_over(request.request_id, Obstacle.LOADING)
         return None
 
@@ -223,9 +228,11 @@ class ReplicaPolicy:
         """
         if not (self._changed or self._needed or now_s >= self._planned_at_s + IDLE_PLAN_INTERVAL_S):
             return Plan(version=-1)
+        if self._blocked is not None and self.cache.knows(self._blocked):
+            self._needed[self._blocked] = None
         plan = self.cache.plan(self._needed, max(0, self._pool.free_blocks() - reserved_blocks), now_s)
         self._commit(plan, now_s)
-        self._changed, self._planned_at_s = False, now_s
+        self._blocked, self._changed, self._planned_at_s = plan.blocked, False, now_s
         return plan
 
     def make_room(self, num_blocks: int, now_s: float, *, for_request: str = "", or_nothing: bool = False) -> Plan:
@@ -298,6 +305,8 @@ class ReplicaPolicy:
             return Admission.READY
         if state in (State.FETCHING, State.LOADING):
             return Admission.LOADING
+        if request.adapter.digest == self._blocked:
+            return Admission.NO_ROOM
         room = min(self._pool.free_blocks() + self._idle_blocks, self.config.cache.max_blocks - self._pinned_blocks)
         if self._num_blocks[request.adapter.digest] <= room:
             return Admission.FITS

@@ -35,7 +35,8 @@ Outcome = Literal["finished", "refused", "lost"]
 class EngineMode:
     """How the engine around the policies works.
 
-    blocking_loads: needed adapters are loaded between steps, nothing is computed meanwhile (S-LoRA); else beside them.
+    blocking_loads: needed adapters are loaded between steps, at most once before each, and nothing is computed
+    meanwhile (S-LoRA); else beside them.
     reserve_outputs: a request starts only with KV blocks for its predicted output (S-LoRA); else they are taken as it
     grows (vLLM). check_every: full conservation checks after every so many steps; 0: only at the end.
     """
@@ -117,6 +118,7 @@ class SimReplica:
         self._grows_at: defaultdict[int, list[Job]] = defaultdict(list)
         self._stepping = self._dirty = False
         self._stalled_by: set[str] = set()
+        self._may_stall = True
         self._next_pass_s = 0.0
         self._polling = False
 
@@ -228,6 +230,7 @@ class SimReplica:
         if not self.alive:
             return ()
         self._stepping = False
+        self._may_stall = True
         self.num_steps += 1
         self._decode_context += self._num_decoding
         for job in self._ends_at.pop(self.num_steps, ()):
@@ -288,8 +291,9 @@ class SimReplica:
             budget -= job.prefill_left
         plan = policy.end_step(now_s, reserved_blocks=len(self.batch))
         self._carry_out(plan, now_s, events)
-        if self.mode.blocking_loads:
+        if self.mode.blocking_loads and (self._may_stall or not self.batch):
             self._stalled_by.update(plan.load[: len(plan.load) - plan.num_prefetch])
+            self._may_stall = not self._stalled_by
 
     def _admit(self, job: Job, num_blocks: int, now_s: float) -> None:
         if job.admitted_s is None:
@@ -440,4 +444,4 @@ class SimReplica:
 
 def _features(request: SimRequest) -> LengthFeatures:
     digest = request.adapter.digest if request.adapter else None
-    return LengthFeatures(digest, request.num_prompt_tokens, None, request.num_output_tokens)
+    return LengthFeatures(digest, request.num_prompt_tokens, request.max_tokens, request.num_output_tokens)

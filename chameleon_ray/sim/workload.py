@@ -115,13 +115,14 @@ class WorkloadConfig(_Part):
 
 @dataclass(frozen=True, slots=True)
 class SimRequest:
-    """One request: num_output_tokens is the truth that only the simulator knows."""
+    """One request. num_output_tokens: the truth, which only the simulator knows. max_tokens: the client's limit."""
 
     request_id: str
     arrival_s: float
     num_prompt_tokens: int
     num_output_tokens: int
     adapter: Adapter | None
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +169,10 @@ def make_adapters(mix: AdapterMix, bytes_per_rank: int) -> list[Adapter]:
 
 
 def generate(config: WorkloadConfig, adapters: Sequence[Adapter], max_model_len: int, seed: int) -> list[SimRequest]:
-    """All requests of a run, by arrival; prompts are cut to leave room for a token, outputs at ``max_model_len``."""
+    """All requests of a run, by arrival; prompts are cut to leave room for a token, outputs at ``max_model_len``.
+
+    Every client sets the same limit on outputs, the longest output of the run: so far a prediction can go wrong.
+    """
     streams = np.random.SeedSequence(seed).spawn(3)
     when, how_long, which = (np.random.Generator(np.random.PCG64(stream)) for stream in streams)
     trace = load_trace(Path(config.trace)) if config.trace is not None else None
@@ -176,11 +180,12 @@ def generate(config: WorkloadConfig, adapters: Sequence[Adapter], max_model_len:
     prompts, outputs = _lengths(len(times), trace, how_long)
     chosen = _choose(config.adapters, adapters, times, which)
     requests = []
+    max_tokens = max(1, round(max(outputs, default=1) * config.length_scale))
     for number, (time_s, prompt, output, index) in enumerate(zip(times, prompts, outputs, chosen, strict=True)):
         num_prompt = min(max(1, round(prompt * config.length_scale)), max_model_len - 1)
         num_output = min(max(1, round(output * config.length_scale)), max_model_len - num_prompt)
         adapter = adapters[index] if index >= 0 else None
-        requests.append(SimRequest(f"r{number}", float(time_s), num_prompt, num_output, adapter))
+        requests.append(SimRequest(f"r{number}", float(time_s), num_prompt, num_output, adapter, max_tokens))
     return requests
 
 

@@ -1,4 +1,4 @@
-"""Cost models and workloads: what is accepted, what is refused with which words, and the fit to the published numbers."""
+"""Cost models and workloads: what is accepted, what is refused with which words, and how well they fit."""
 
 import json
 import os

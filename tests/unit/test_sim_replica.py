@@ -206,8 +206,8 @@ def test_everything_adds_up_after_every_step_when_memory_is_short(scheduling, re
     summary = result.summary()
     assert summary["finished"] == summary["requests"] == result.num_requests > 100
     assert summary["loads"] > 20
-    # Four equal quotas leave most of the memory unused here.
-    assert reserve or scheduling == "static" or summary["preemptions"] > 0
+    # Quotas leave too much of the memory unused for it to run out.
+    assert reserve or scheduling in ("chameleon", "static") or summary["preemptions"] > 0
 
 
 _PRINT = """
