@@ -1,0 +1,267 @@
+"""``chameleon sim cluster``: many replicas behind a router with stale hints; replicas die and join."""
+
+import json
+import math
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from chameleon_ray.policy.adapter import Tier
+from chameleon_ray.policy.cache import State
+from chameleon_ray.policy.routing import LoadCosts
+from chameleon_ray.sim.costs import CostModel, Count, NotNegative, Positive, load_cost_model
+from chameleon_ray.sim.loop import Event
+from chameleon_ray.sim.loop import run as run_events
+from chameleon_ray.sim.parallel import map_tasks, show_progress
+from chameleon_ray.sim.replica import EngineMode, Job, SimReplica
+from chameleon_ray.sim.routers import ROUTERS, Hints, make_router
+from chameleon_ray.sim.scenario import PolicySettings, make_predictor, replica_config
+from chameleon_ray.sim.workload import SimRequest, WorkloadConfig, generate, make_adapters
+
+
+class ClusterScenario(BaseModel):
+    """One run of a cluster; ``workload.requests_per_s`` is the whole cluster's rate.
+
+    hint_delay_s: how old tiers, loads and deaths are when routers hear of them. report_s: between load reports.
+    failures_s, joins_s: when a replica dies (the oldest that lives) and when one more joins.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    cost_model: str = "a40-llama-7b"
+    workload: WorkloadConfig
+    policy: PolicySettings = PolicySettings()
+    routing: str = "affinity"
+    num_replicas: Count = 4
+    hint_delay_s: NotNegative = 0.1
+    report_s: Positive = 1.0
+    hysteresis: NotNegative = 0.2
+    failures_s: list[NotNegative] = []
+    joins_s: list[NotNegative] = []
+    seed: int = Field(0, ge=0)
+
+    @field_validator("routing")
+    @classmethod
+    def _known(cls, routing: str) -> str:
+        if routing not in ROUTERS:
+            raise ValueError(f"{routing!r} is not one of {', '.join(ROUTERS)}")
+        return routing
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterResult:
+    """Of requests after the warm-up. hit_rate: the adapter was resident. copies: replicas that hold an adapter in GPU
+    memory at the end, mean over those that somebody holds. imbalance: the busiest replica's requests over the mean."""
+
+    requests: int
+    ttft_p50_s: float
+    ttft_p99_s: float
+    hit_rate: float
+    loads_per_request: float
+    copies: float
+    imbalance: float
+    retries: int
+    refused: int
+    events: int
+
+
+def run(
+    scenario: ClusterScenario,
+    routings: Iterable[str] = tuple(ROUTERS),
+    json_path: Path | None = None,
+    num_workers: int | None = None,
+) -> int:
+    """Simulate the scenario with each routing policy, print a table; the exit status. Raises CostModelError."""
+    names = list(routings)
+    load_cost_model(scenario.cost_model)
+    results = map_tasks(simulate_cluster, [_with(scenario, name) for name in names], "simulating", num_workers)
+    titles = ("TTFT P50", "P99", "hits", "loads/req", "copies", "imbalance", "retries")
+    print(f"{'':20}" + "".join(f"{title:>11}" for title in titles))
+    for name, r in zip(names, results, strict=True):
+        cells = (r.ttft_p50_s, r.ttft_p99_s, r.hit_rate, r.loads_per_request, r.copies, r.imbalance, r.retries)
+        print(f"{name:20}" + "".join(f"{cell:11.4g}" for cell in cells))
+    if json_path is not None:
+        content = {
+            "scenario": scenario.model_dump(mode="json"),
+            "routing": dict(zip(names, map(asdict, results), strict=True)),
+        }
+        json_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def simulate_cluster(scenario: ClusterScenario) -> ClusterResult:
+    """One run to the end of its last request, with conservation checks at the end."""
+    return _Cluster(scenario, load_cost_model(scenario.cost_model)).run()
+
+
+def _with(scenario: ClusterScenario, routing: str) -> ClusterScenario:
+    return scenario.model_copy(update={"routing": routing})
+
+
+class _Cluster:
+    def __init__(self, scenario: ClusterScenario, costs: CostModel) -> None:
+        self._scenario = scenario
+        self._costs = costs
+        self._config = replica_config(costs, scenario.policy)
+        self._replicas: list[SimReplica] = []
+        self._hints = Hints(0)
+        links = costs.links
+        load_costs = LoadCosts(
+            links.host_bytes_s, links.disk_bytes_s, links.source_bytes_s, links.overhead_s, scenario.hysteresis
+        )
+        self._router = make_router(scenario.routing, self._hints, Random(f"router-{scenario.seed}"), load_costs)
+        self._ttfts = array("d")
+        self._num_arrived = self._num_left = self._num_hits = self._num_with_adapter = 0
+        self._num_retries = self._num_refused = 0
+        self._served: Counter[int] = Counter()
+        self._at: dict[str, int] = {}
+        for _ in range(scenario.num_replicas):
+            self._hints.join(self._add_replica())
+
+    def run(self) -> ClusterResult:
+        workload = self._scenario.workload
+        adapters = make_adapters(workload.adapters, self._costs.memory.adapter_bytes_per_rank)
+        requests = generate(workload, adapters, self._costs.limits.max_model_len, self._scenario.seed)
+        rest = iter(requests)
+        events: list[Event] = list(self._next_arrival(rest))
+        events += [(at_s, self._fail) for at_s in self._scenario.failures_s]
+        events += [(at_s, self._join) for at_s in self._scenario.joins_s]
+        for index in range(self._scenario.num_replicas):
+            # Spread over the interval, as independent replicas' reports are.
+            first_s = self._scenario.report_s * (index + 1) / self._scenario.num_replicas
+            events.append((first_s, partial(self._report, index)))
+        self._total = len(requests)
+        _, num_events = run_events(events)
+        show_progress("", None)
+        return self._result(num_events)
+
+    def _result(self, num_events: int) -> ClusterResult:
+        assert self._num_left == self._num_arrived == self._total, (
+            f"{self._total} requests, {self._num_arrived} arrived, {self._num_left} left"
+        )
+        live = [replica for replica in self._replicas if replica.alive]
+        for replica in live:
+            replica.check_end()
+        holders: Counter[str] = Counter()
+        for replica in live:
+            holders.update(d for d, tier in replica.policy.cache.tiers().items() if tier is Tier.GPU)
+        loads = sum(replica.policy.cache.stats().loads for replica in self._replicas)
+        counts = [self._served[index] for index, replica in enumerate(self._replicas) if replica.alive]
+        return ClusterResult(
+            requests=len(self._ttfts),
+            ttft_p50_s=float(np.quantile(self._ttfts, 0.5)) if self._ttfts else math.nan,
+            ttft_p99_s=float(np.quantile(self._ttfts, 0.99)) if self._ttfts else math.nan,
+            hit_rate=self._num_hits / max(1, self._num_with_adapter),
+            loads_per_request=loads / max(1, self._total),
+            copies=sum(holders.values()) / max(1, len(holders)),
+            imbalance=max(counts) / max(1e-9, sum(counts) / len(counts)),
+            retries=self._num_retries,
+            refused=self._num_refused,
+            events=num_events,
+        )
+
+    # Requests
+
+    def _next_arrival(self, rest: Iterator[SimRequest]) -> Iterable[Event]:
+        request = next(rest, None)
+        return () if request is None else [(request.arrival_s, partial(self._arrive, request, rest))]
+
+    def _arrive(self, request: SimRequest, rest: Iterator[SimRequest], now_s: float) -> Iterable[Event]:
+        self._num_arrived += 1
+        if self._num_arrived % 5000 == 0:
+            show_progress(self._scenario.routing, self._num_arrived / self._total)
+        return [*self._route(request, now_s), *self._next_arrival(rest)]
+
+    def _route(self, request: SimRequest, now_s: float) -> Iterable[Event]:
+        if not self._hints.alive:
+            return [(now_s + 1.0, partial(self._route, request))]
+        index = self._router.choose(request)
+        replica = self._replicas[index]
+        if not replica.alive:
+            # The router has not heard of the death yet: the send fails and is tried again.
+            self._num_retries += 1
+            return [(now_s + max(self._scenario.hint_delay_s, 1e-3), partial(self._route, request))]
+        self._at[request.request_id] = index
+        self._hints.in_flight[index] += 1
+        if request.adapter is not None and not replica.policy.cache.knows(request.adapter.digest):
+            replica.add_adapter(request.adapter, Tier.DISK, now_s)
+        return replica.arrive(request, now_s)
+
+    def _ended(self, job: Job, now_s: float) -> None:
+        index = self._at.pop(job.request.request_id)
+        self._hints.in_flight[index] -= 1
+        if job.outcome == "lost":
+            return
+        self._num_left += 1
+        self._num_refused += job.outcome == "refused"
+        self._served[index] += 1
+        if job.first_token_s is not None and job.request.arrival_s >= self._scenario.workload.warmup_s:
+            self._ttfts.append(job.first_token_s - job.request.arrival_s)
+            self._num_with_adapter += job.request.adapter is not None
+            self._num_hits += job.hit and job.request.adapter is not None
+
+    # Replicas and what routers hear of them
+
+    def _add_replica(self) -> int:
+        index = len(self._replicas)
+        predictor = make_predictor(self._scenario.policy, self._costs.limits.max_model_len, index)
+        moved = partial(self._moved, index)
+        self._replicas.append(SimReplica(self._costs, self._config, EngineMode(), predictor, self._ended, moved))
+        return index
+
+    def _moved(self, index: int, digest: str, now_s: float) -> Iterable[Event]:
+        state = self._replicas[index].policy.cache.state(digest)
+        in_host = state in (State.HOST, State.LOADING)
+        tier = Tier.GPU if state is State.RESIDENT else Tier.HOST if in_host else Tier.DISK
+        return [(now_s + self._scenario.hint_delay_s, partial(self._heard_tier, index, digest, tier))]
+
+    def _heard_tier(self, index: int, digest: str, tier: Tier, now_s: float) -> Iterable[Event]:
+        self._hints.set_tier(digest, index, tier)
+        return ()
+
+    def _report(self, index: int, now_s: float) -> Iterable[Event]:
+        if not self._replicas[index].alive or self._num_left == self._total:
+            return ()
+        load, in_flight = self._replicas[index].policy.load(), int(self._hints.in_flight[index])
+
+        def heard(now_s: float) -> Iterable[Event]:
+            if index in self._hints.alive:
+                self._hints.loads[index] = (load, in_flight)
+            return ()
+
+        return [
+            (now_s + self._scenario.hint_delay_s, heard),
+            (now_s + self._scenario.report_s, partial(self._report, index)),
+        ]
+
+    def _fail(self, now_s: float) -> Iterable[Event]:
+        victim = next((index for index, replica in enumerate(self._replicas) if replica.alive), None)
+        if victim is None:
+            return ()
+        lost = self._replicas[victim].fail(now_s)
+        self._num_retries += len(lost)
+
+        def heard(now_s: float) -> Iterable[Event]:
+            self._hints.leave(victim)
+            return [event for job in lost for event in self._route(job.request, now_s)]
+
+        return [(now_s + self._scenario.hint_delay_s, heard)]
+
+    def _join(self, now_s: float) -> Iterable[Event]:
+        index = self._add_replica()
+
+        def heard(now_s: float) -> Iterable[Event]:
+            self._hints.join(index)
+            return ()
+
+        return [
+            (now_s + self._scenario.hint_delay_s, heard),
+            (now_s + self._scenario.report_s, partial(self._report, index)),
+        ]
