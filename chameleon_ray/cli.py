@@ -2,7 +2,9 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from chameleon_ray.bench import serve as bench_serve
 
@@ -36,9 +38,36 @@ def _parser() -> argparse.ArgumentParser:
     load = benches.add_parser("serve", help="open-loop load on OpenAI-compatible servers, side by side")
     bench_serve.add_arguments(load)
     load.set_defaults(run=bench_serve.run)
-    for bench in (local, policy):
+    engine = benches.add_parser("engine", help="one engine: vLLM's slots, adapters in KV memory, base model")
+    engine.set_defaults(run=_bench_engine)
+    _add_simulations(commands)
+    for bench in (local, policy, engine):
         bench.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     return parser
+
+
+def _add_simulations(commands: Any) -> None:
+    kinds = commands.add_parser("sim", help="simulate the product's own policy").add_subparsers(
+        required=True, metavar="WHAT"
+    )
+    grid = kinds.add_parser("run", help="one scenario, or a grid of them, from a YAML file")
+    grid.add_argument("scenario", type=Path, help="YAML file")
+    grid.set_defaults(run=_sim_run)
+    paper = kinds.add_parser("paper", help="the published experiments: paper, ours, difference")
+    paper.set_defaults(run=_sim_paper)
+    cluster = kinds.add_parser("cluster", help="routing policies on many replicas, side by side")
+    cluster.add_argument("--replicas", type=int, default=8)
+    cluster.add_argument("--adapters", type=int, default=1000)
+    cluster.add_argument("--requests", type=int, default=20_000, help="in all, warm-up included")
+    cluster.add_argument("--rate", type=float, default=5.0, help="requests per second and replica")
+    cluster.add_argument("--seed", type=int, default=0)
+    cluster.set_defaults(run=_sim_cluster)
+    plan = commands.add_parser("plan", help="the fewest replicas that hold an SLO for a scenario's traffic")
+    plan.add_argument("scenario", type=Path, help="YAML file, as for `sim run`")
+    plan.add_argument("--slo", type=float, required=True, metavar="SECONDS", help="P99 time to first token")
+    plan.set_defaults(run=_plan)
+    for command in (grid, paper, cluster, plan):
+        command.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
 
 
 # Commands import what they need when they run: `chameleon --help` should not wait for torch.
@@ -71,6 +100,58 @@ def _bench_policy(arguments: argparse.Namespace) -> int:
     from chameleon_ray.bench.policy import run
 
     return run(arguments.json)
+
+
+def _bench_engine(arguments: argparse.Namespace) -> int:
+    from chameleon_ray.bench.engine import run
+
+    return run(arguments.json)
+
+
+def _sim_run(arguments: argparse.Namespace) -> int:
+    from chameleon_ray.sim.grid import run
+
+    return _told(lambda: run(arguments.scenario, arguments.json))
+
+
+def _sim_paper(arguments: argparse.Namespace) -> int:
+    from chameleon_ray.sim.paper import run
+
+    return _told(lambda: run(arguments.json))
+
+
+def _sim_cluster(arguments: argparse.Namespace) -> int:
+    from chameleon_ray.sim.cluster import ClusterScenario, run
+    from chameleon_ray.sim.workload import AdapterMix, WorkloadConfig
+
+    def simulate() -> int:
+        rate = arguments.rate * arguments.replicas
+        duration_s = arguments.requests / rate
+        workload = WorkloadConfig(
+            requests_per_s=rate,
+            duration_s=duration_s,
+            warmup_s=duration_s / 10,
+            adapters=AdapterMix(count=arguments.adapters),
+        )
+        scenario = ClusterScenario(workload=workload, num_replicas=arguments.replicas, seed=arguments.seed)
+        return run(scenario, json_path=arguments.json)
+
+    return _told(simulate)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from chameleon_ray.sim.plan import run
+
+    return _told(lambda: run(arguments.scenario, arguments.slo, arguments.json))
+
+
+def _told(command: Callable[[], int]) -> int:
+    """The command's exit status; a setting that it refuses is told without a traceback."""
+    try:
+        return command()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
