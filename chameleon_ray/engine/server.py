@@ -100,6 +100,8 @@ class EngineServer:
             vllm_config, usage_context=UsageContext.OPENAI_API_SERVER, stat_loggers=[load_stats, *stat_loggers]
         )
         try:
+            if config.engine.adapter_memory == "slots":
+                await engine.collective_rpc("correct_slots")
             tasks = await engine.get_supported_tasks()
             app = build_app(args, tasks, engine.model_config)
             await init_app_state(engine, app.state, args, tasks)

@@ -56,3 +56,23 @@ def test_text_prompts_are_tokenized_as_transformers_does(service: Service, refer
     for prompt in PROMPTS:
         response = complete(service, service.base, prompt=prompt, max_tokens=1, return_token_ids=True)
         assert response.json()["choices"][0]["prompt_token_ids"] == reference.prompt_ids(prompt)
+
+
+def test_the_base_model_stays_itself_among_more_adapters_than_there_are_slots(
+    service: Service, reference: Reference
+) -> None:
+    prompts = [reference.prompt_ids(prompt) for prompt in PROMPTS]
+    expected = [reference.answer(None, prompt, NUM_TOKENS) for prompt in prompts]
+    names = service.demo.adapter_names()
+    calls = [
+        partial(complete, service, model, prompt=prompt, max_tokens=NUM_TOKENS, logprobs=1, return_token_ids=True)
+        for name in names
+        for prompt in prompts
+        for model in (name, service.base)
+    ]
+    responses = concurrently(calls, clients=48)
+    assert {response.status_code for response in responses} == {200}
+    of_base = [response for response in responses if response.json()["model"] == service.base]
+    assert len(of_base) == len(names) * len(prompts)
+    for place, response in enumerate(of_base):
+        check(expected[place % len(prompts)], response)
