@@ -51,19 +51,34 @@ CASES = (
 """In this order on a fresh engine, so that the cold case is cold."""
 
 
-def run(json_path: Path | None, *, threads: int | None = None, modes: Sequence[str] = MODES, repeats: int = 3) -> int:
-    """Measure and print; exit status 0. threads: compute threads, default all cores."""
+def run(
+    json_path: Path | None,
+    *,
+    threads: int | None = None,
+    modes: Sequence[str] = MODES,
+    repeats: int = 3,
+    dtype: str = "auto",
+) -> int:
+    """Measure and print; exit status 0. threads: compute threads, default all cores. dtype: of weights, activations and
+    KV cache; vLLM's own choice for the demo is bfloat16."""
     threads = threads or os.cpu_count() or 1
     demo = make_demo(Path("demo"))
     with tempfile.TemporaryDirectory() as folder:
         adapters = _many_adapters(demo.adapters, Path(folder))
-        rates = {mode: _child(["rates", mode, str(demo.model), str(adapters), str(repeats)], threads) for mode in modes}
-        churn = _child(["churn", "paged", str(demo.model), str(adapters), "1"], threads) if "paged" in modes else None
+        rates = {
+            mode: _child(["rates", mode, str(demo.model), str(adapters), str(repeats), dtype], threads)
+            for mode in modes
+        }
+        churn = (
+            _child(["churn", "paged", str(demo.model), str(adapters), "1", dtype], threads)
+            if "paged" in modes
+            else None
+        )
     rows = [
         {"case": case.name, **{f"{mode}_tok_s": round(rates[mode][case.name], 1) for mode in modes}}
         for case in sorted(CASES, key=lambda case: case.num_requests)
     ]
-    print(f"\nTokens per second, {OUTPUT_TOKENS} a request, {threads} threads, load {os.getloadavg()[0]:.1f}")
+    print(f"\nTokens per second, {OUTPUT_TOKENS} a request, {dtype}, {threads} threads, load {os.getloadavg()[0]:.1f}")
     print(f"{'requests/adapters':<20}" + "".join(f"{mode:>10}" for mode in modes) + "   paged is")
     for row in rows:
         values = [row[f"{mode}_tok_s"] for mode in modes]
@@ -75,7 +90,9 @@ def run(json_path: Path | None, *, threads: int | None = None, modes: Sequence[s
             f"({churn['churn_p99_ms'] / churn['still_p99_ms']:.2f}x)"
         )
     if json_path is not None:
-        json_path.write_text(json.dumps({"rows": rows, "churn": churn, "threads": threads}, indent=2) + "\n")
+        json_path.write_text(
+            json.dumps({"rows": rows, "churn": churn, "dtype": dtype, "threads": threads}, indent=2) + "\n"
+        )
     return 0
 
 
@@ -111,10 +128,10 @@ def _child(arguments: list[str], threads: int) -> dict[str, float]:
         return measured
 
 
-def _engine_arguments(mode: str, model: str, kv_bytes: int) -> dict[str, Any]:
+def _engine_arguments(mode: str, model: str, dtype: str, kv_bytes: int) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "model": model,
-        "dtype": "float32",
+        "dtype": dtype,
         "max_model_len": 512,
         "max_num_seqs": 64,
         "kv_cache_memory_bytes": kv_bytes,
@@ -133,11 +150,11 @@ def _prompts(num: int, seed: int) -> list[dict[str, list[int]]]:
     return [{"prompt_token_ids": [rng.randrange(10, 600) for _ in range(PROMPT_TOKENS)]} for _ in range(num)]
 
 
-def _rates(mode: str, model: str, adapters: str, repeats: int) -> dict[str, float]:
+def _rates(mode: str, model: str, adapters: str, repeats: int, dtype: str) -> dict[str, float]:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    llm = LLM(**_engine_arguments(mode, model, KV_BYTES))
+    llm = LLM(**_engine_arguments(mode, model, dtype, KV_BYTES))
     params = SamplingParams(temperature=0.0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
     folders = sorted(Path(adapters).iterdir())
     loras = [LoRARequest(folder.name, i + 1, str(folder)) for i, folder in enumerate(folders)]
@@ -162,16 +179,16 @@ def _rates(mode: str, model: str, adapters: str, repeats: int) -> dict[str, floa
     return measured
 
 
-async def _churn(mode: str, model: str, folders: list[Path]) -> dict[str, float]:
+async def _churn(mode: str, model: str, folders: list[Path], dtype: str) -> dict[str, float]:
     from vllm import SamplingParams
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    # Mean size of a demo adapter: 7 blocks of 512 KiB; half of the pool is the adapters' share.
-    kv_bytes = 2 * NUM_HELD * 7 * MIB // 2
-    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**_engine_arguments(mode, model, kv_bytes)))
+    # A demo adapter takes 3.4 MiB on average, half of it in 16 bits; half of the pool is the adapters' share.
+    kv_bytes = 2 * NUM_HELD * 7 * MIB // (2 if dtype == "float32" else 4)
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**_engine_arguments(mode, model, dtype, kv_bytes)))
     loras = [LoRARequest(f.name, i + 1, str(f)) for i, f in enumerate(folders[:NUM_CHURNED])]
     num_requests = 0
 
@@ -216,13 +233,13 @@ async def _churn(mode: str, model: str, folders: list[Path]) -> dict[str, float]
 
 def _main() -> None:
     parser = argparse.ArgumentParser(description="one engine's measurements, for the parent process")
-    for name in ("what", "mode", "model", "adapters", "repeats", "result"):
+    for name in ("what", "mode", "model", "adapters", "repeats", "dtype", "result"):
         parser.add_argument(name)
     given = parser.parse_args()
     if given.what == "rates":
-        measured = _rates(given.mode, given.model, given.adapters, int(given.repeats))
+        measured = _rates(given.mode, given.model, given.adapters, int(given.repeats), given.dtype)
     else:
-        measured = asyncio.run(_churn(given.mode, given.model, sorted(Path(given.adapters).iterdir())))
+        measured = asyncio.run(_churn(given.mode, given.model, sorted(Path(given.adapters).iterdir()), given.dtype))
     Path(given.result).write_text(json.dumps(measured))
 
 
