@@ -180,7 +180,12 @@ class SimReplica:
         assert sum(self._adapter_blocks.values()) == self._held_blocks, "adapters' blocks are lost"
         assert self.policy.num_running == len(self.batch)
         assert self.policy.num_running + self.policy.num_waiting == len(self.jobs), "a request is lost"
-        assert self._num_decoding == len(self.batch) - len(self._prefilling)
+        decoding = [job for request_id, job in self.batch.items() if request_id not in self._prefilling]
+        assert self._num_decoding == len(decoding)
+        if not self._stepping:
+            context = sum(job.prefill_tokens + self.num_steps + 2 - job.first_decode_step for job in decoding)
+            assert self._decode_context == context, f"{self._decode_context} tokens of context, not {context}"
+        assert self._decode_ranks == sum(job.rank for job in decoding)
 
     def check_end(self) -> None:
         """``check``, and that nothing is left to do."""

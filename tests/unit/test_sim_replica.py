@@ -185,8 +185,8 @@ def test_everything_adds_up_after_every_step_when_memory_is_short(scheduling, re
     )
     scenario = Scenario(
         workload=WorkloadConfig(
-            requests_per_s=6.0,
-            duration_s=20.0,
+            requests_per_s=9.0,
+            duration_s=12.0,
             warmup_s=0.0,
             length_scale=0.2,
             adapters=AdapterMix(count=30, base_share=0.1, drift_s=5.0),
@@ -204,8 +204,8 @@ def test_everything_adds_up_after_every_step_when_memory_is_short(scheduling, re
     )
     result = simulate(scenario, costs=model)
     summary = result.summary()
-    assert summary["finished"] == summary["requests"] == result.num_requests > 100
-    assert summary["loads"] > 20
+    assert summary["finished"] == summary["requests"] == result.num_requests > 50
+    assert summary["loads"] > 10
     # Quotas leave too much of the memory unused for it to run out.
     assert reserve or scheduling in ("chameleon", "static") or summary["preemptions"] > 0
 
@@ -221,13 +221,13 @@ print(json.dumps([result.summary(), [[j.request.request_id, j.first_token_s, j.e
 def test_the_same_seed_gives_the_same_bytes_in_another_process_and_another_seed_does_not():
     def output(seed, hash_seed):
         scenario = Scenario(
-            workload=WorkloadConfig(requests_per_s=9.0, duration_s=20.0, warmup_s=1.0, length_scale=0.3), seed=seed
+            workload=WorkloadConfig(requests_per_s=9.0, duration_s=12.0, warmup_s=1.0, length_scale=0.3), seed=seed
         )
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
         command = [sys.executable, "-c", _PRINT, scenario.model_dump_json()]
         return subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120).stdout
 
     first = output(5, "1")
-    assert json.loads(first)[0]["finished"] > 100
+    assert json.loads(first)[0]["finished"] > 50
     assert output(5, "2") == first
     assert output(6, "1") != first
