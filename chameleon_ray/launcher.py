@@ -220,7 +220,16 @@ class Launcher:
     def _watch(self) -> None:
         while not self._stopping:
             self._check_children()
+            self._reap_orphans()
             time.sleep(0.25)
+
+    def _reap_orphans(self) -> None:
+        """Adopted processes that have ended (those of a replica that died) would stay zombies."""
+        ours = {child.pid for child in self._children.values()}
+        for process in psutil.Process().children():
+            if process.pid not in ours:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(process.pid, os.WNOHANG)
 
     def stop(self) -> None:
         """Stop every process that was started."""

@@ -63,9 +63,3 @@ PLACEMENT_AGE_S = Metric(
 RETRIES = Metric("chameleon_retries", "Requests sent to a second replica because the first died before it answered.")
 
 BROKEN_STREAMS = Metric("chameleon_broken_streams", "Streams that ended with an error event after they had begun.")
-
-RETRIES = Metric("chameleon_retries", "Requests sent to a second replica because the first died before it answered.")
-
-BROKEN_STREAMS = Metric(
-    "chameleon_broken_streams", "Streams that ended with an error event because their replica failed."
-)

@@ -16,8 +16,9 @@ class StreamServer:
     """Streams ``max_tokens`` events: the first after first_token_s, each further one gap_s later.
 
     Models with a meaning: ``busy`` gets a 503, ``broken`` an error after the first token, ``cut`` a connection that
-    closes after it, ``endless`` no [DONE], ``empty`` no token, ``stuck`` never the second. hold_until: answer nothing before so many requests
-    have come. requests: all bodies, in order of arrival; arrived_s, sent_s: when they and the events came and went.
+    closes after it, ``endless`` no [DONE], ``empty`` no token, ``stuck`` never the second. hold_until: answer nothing
+    before so many requests have come. requests: all bodies, in order of arrival; arrived_s, sent_s: when they and the
+    events came and went.
     """
 
     first_token_s: float = 0.02
