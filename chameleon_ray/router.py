@@ -14,6 +14,7 @@ deaths of idle replicas show only as their absence from ``update_replicas``.
 
 import asyncio
 import logging
+import random
 import time
 from collections import Counter
 from typing import Any
@@ -98,6 +99,7 @@ class AffinityRouter(RequestRouter):
             if time.monotonic() >= self._log_again_s:
                 self._log_again_s = time.monotonic() + _LOG_PAUSE_S
                 logger.exception("Ranking replicas failed: requests are balanced by load until it works again.")
+            random.shuffle(candidates)  # a burst is ranked before its first request counts as in flight
             return [sorted(candidates, key=lambda replica: self._in_flight.count(replica.replica_id.unique_id))]
 
     def on_send_request(self, replica_id: ReplicaID) -> None:

@@ -89,8 +89,11 @@ class Service:
         self._config_path.write_text(yaml.safe_dump(self._config))
         command = [str(Path(sys.executable).parent / "chameleon"), "serve", str(self._config_path)]
         with self._log_path.open("wb") as log:
+            # what the engine tests set for engines in their own process is not for this one
+            environment = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "OMP_"))}
             self._process = subprocess.Popen(
                 command,
+                env=environment,
                 cwd=REPO,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
