@@ -142,7 +142,8 @@ def test_the_result_does_not_depend_on_the_number_of_threads(num_tokens: int) ->
 def test_no_second_openmp_runtime_is_loaded() -> None:
     """A second one would start threads of its own, which vLLM's pinning of torch's threads squeezes onto one core."""
     program = (  # in a process of its own: what other tests import brings runtimes of its own
-        "import chameleon_kernels; from pathlib import Path; assert chameleon_kernels.cpu_implementation() == 'compiled'; "
+        "import chameleon_kernels; from pathlib import Path\n"
+        "assert chameleon_kernels.cpu_implementation() == 'compiled'\n"
         "print(*{line.split()[-1] for line in Path('/proc/self/maps').read_text().splitlines() if 'omp' in line})"
     )
     mapped = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
