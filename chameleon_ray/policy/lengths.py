@@ -45,16 +45,48 @@ def length_bucket(num_tokens: int, buckets: Sequence[int] = LENGTH_BUCKETS) -> i
     return bisect_left(buckets, num_tokens)
 
 
-class PredictionAccuracy:
-    """Accuracy over the latest ends, as a live metric."""
+@dataclass(frozen=True, slots=True)
+class AccuracySnapshot:
+    """Accuracy over the latest ends, as numbers to publish. Shares and errors are None before the first end.
 
-    def __init__(self, num_requests: int = 1000) -> None:
+    mean_error_tokens: signed; above 0: predictions are too long.
+    """
+
+    num_requests: int
+    right_bucket_share: float | None
+    mean_absolute_error_tokens: float | None
+    mean_error_tokens: float | None
+
+
+class PredictionAccuracy:
+    """Accuracy over the latest ends, as a live metric. Recording and reading cost the same however long the window."""
+
+    def __init__(self, num_requests: int = 1000, buckets: Sequence[int] = LENGTH_BUCKETS) -> None:
+        if num_requests < 1:
+            raise ValueError(f"num_requests is {num_requests}; the window holds at least 1")
         self._outcomes: deque[tuple[bool, int]] = deque(maxlen=num_requests)
+        self._buckets = tuple(buckets)
+        self._num_right = 0
+        self._sum_absolute = 0
+        self._sum_signed = 0
 
     def record(self, num_predicted_tokens: int, num_output_tokens: int) -> None:
         """Compare one prediction with what came of it."""
-        right = length_bucket(num_predicted_tokens) == length_bucket(num_output_tokens)
-        self._outcomes.append((right, abs(num_predicted_tokens - num_output_tokens)))
+        if len(self._outcomes) == self._outcomes.maxlen:
+            self._count(*self._outcomes[0], sign=-1)
+        right = length_bucket(num_predicted_tokens, self._buckets) == length_bucket(num_output_tokens, self._buckets)
+        self._outcomes.append((right, num_predicted_tokens - num_output_tokens))
+        self._count(*self._outcomes[-1], sign=1)
+
+    def snapshot(self) -> AccuracySnapshot:
+        """The figures of this moment."""
+        n = len(self._outcomes)
+        return AccuracySnapshot(
+            num_requests=n,
+            right_bucket_share=self._num_right / n if n else None,
+            mean_absolute_error_tokens=self._sum_absolute / n if n else None,
+            mean_error_tokens=self._sum_signed / n if n else None,
+        )
 
     @property
     def num_requests(self) -> int:
@@ -64,12 +96,17 @@ class PredictionAccuracy:
     @property
     def right_bucket_share(self) -> float | None:
         """Share of predictions in the right length class; None before the first end."""
-        return sum(right for right, _ in self._outcomes) / len(self._outcomes) if self._outcomes else None
+        return self.snapshot().right_bucket_share
 
     @property
     def mean_absolute_error_tokens(self) -> float | None:
         """Mean absolute error in tokens; None before the first end."""
-        return sum(error for _, error in self._outcomes) / len(self._outcomes) if self._outcomes else None
+        return self.snapshot().mean_absolute_error_tokens
+
+    def _count(self, right: bool, error: int, sign: int) -> None:
+        self._num_right += sign * right
+        self._sum_absolute += sign * abs(error)
+        self._sum_signed += sign * error
 
 
 class HistoryPredictor:
@@ -105,8 +142,8 @@ class HistoryPredictor:
         for key in _group_keys(features):
             recent = self._groups.get(key)
             if recent is not None and len(recent) >= _MIN_OBSERVATIONS:
-                return _capped(sorted(recent)[len(recent) // 2], features, self._max_model_len)
-        return _capped(self._default_tokens, features, self._max_model_len)
+                return capped(sorted(recent)[len(recent) // 2], features, self._max_model_len)
+        return capped(self._default_tokens, features, self._max_model_len)
 
     def observe(self, features: LengthFeatures, num_output_tokens: int) -> None:
         """See ``LengthPredictor.observe``; judges its own prediction first, then learns."""
@@ -140,8 +177,8 @@ class OraclePredictor:
         """
         if features.true_output_tokens is None:
             raise ValueError("the oracle needs true_output_tokens; outside a simulation use HistoryPredictor")
-        truth = _capped(features.true_output_tokens, features, self._max_model_len)
-        classes = _class_lengths(_limit(features, self._max_model_len))
+        truth = capped(features.true_output_tokens, features, self._max_model_len)
+        classes = _class_lengths(output_limit(features, self._max_model_len))
         wrong = [length for length in classes if length_bucket(length) != length_bucket(truth)]
         if self._rng.random() < self._accuracy or not wrong:
             return truth
@@ -158,13 +195,15 @@ def _group_keys(features: LengthFeatures) -> tuple[Hashable, ...]:
     return (("both", digest, prompt_class), ("adapter", digest), ("prompt", prompt_class), ("all",))
 
 
-def _limit(features: LengthFeatures, max_model_len: int) -> int:
+def output_limit(features: LengthFeatures, max_model_len: int) -> int:
+    """The most tokens that a request may produce; at least 1."""
     room = max(1, max_model_len - features.num_prompt_tokens)
     return room if features.max_tokens is None else max(1, min(room, features.max_tokens))
 
 
-def _capped(num_tokens: int, features: LengthFeatures, max_model_len: int) -> int:
-    return max(1, min(num_tokens, _limit(features, max_model_len)))
+def capped(num_tokens: int, features: LengthFeatures, max_model_len: int) -> int:
+    """A predicted length within what the request may produce."""
+    return max(1, min(num_tokens, output_limit(features, max_model_len)))
 
 
 def _class_lengths(limit: int) -> list[int]:

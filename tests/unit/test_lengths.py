@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chameleon_ray.policy.lengths import (
+    AccuracySnapshot,
     HistoryPredictor,
     LengthFeatures,
     OraclePredictor,
@@ -97,6 +98,32 @@ def test_accuracy_without_ends_is_unknown_and_its_window_slides():
     for actual in (1000, 10, 12):
         accuracy.record(10, actual)
     assert (accuracy.num_requests, accuracy.right_bucket_share, accuracy.mean_absolute_error_tokens) == (2, 1.0, 1.0)
+
+
+@given(st.lists(st.tuples(st.integers(1, 5000), st.integers(1, 5000)), max_size=40), st.integers(1, 10))
+def test_the_snapshot_is_that_of_the_latest_ends(outcomes, window):
+    accuracy = PredictionAccuracy(window)
+    for predicted, actual in outcomes:
+        accuracy.record(predicted, actual)
+    latest = outcomes[-window:]
+    snapshot = accuracy.snapshot()
+    assert snapshot.num_requests == len(latest)
+    if not latest:
+        assert snapshot == AccuracySnapshot(0, None, None, None)
+        return
+    right = [length_bucket(predicted) == length_bucket(actual) for predicted, actual in latest]
+    errors = [predicted - actual for predicted, actual in latest]
+    assert snapshot.right_bucket_share == pytest.approx(sum(right) / len(latest))
+    assert snapshot.mean_absolute_error_tokens == pytest.approx(sum(map(abs, errors)) / len(latest))
+    assert snapshot.mean_error_tokens == pytest.approx(sum(errors) / len(latest))
+
+
+def test_accuracy_is_judged_by_the_buckets_given():
+    accuracy = PredictionAccuracy(buckets=(100,))
+    accuracy.record(10, 99)
+    assert accuracy.snapshot() == AccuracySnapshot(1, 1.0, 89.0, -89.0)
+    with pytest.raises(ValueError, match="num_requests"):
+        PredictionAccuracy(0)
 
 
 def test_length_buckets_include_their_upper_bound():
