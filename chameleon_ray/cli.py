@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     engine = benches.add_parser("engine", help="one engine: vLLM's slots, adapters in KV memory, base model")
     engine.set_defaults(run=_bench_engine)
     _add_simulations(commands)
+    _add_training(commands)
     for bench in (local, policy, engine):
         bench.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     return parser
@@ -68,6 +69,29 @@ def _add_simulations(commands: Any) -> None:
     plan.set_defaults(run=_plan)
     for command in (grid, paper, cluster, plan):
         command.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+
+
+def _add_training(commands: Any) -> None:
+    train = commands.add_parser("train-predictor", help="train an output-length predictor on logged requests")
+    train.add_argument(
+        "--requests", type=Path, nargs="+", required=True, metavar="PATH", help="logs, or folders of them"
+    )
+    train.add_argument(
+        "--encoder", type=Path, required=True, metavar="FOLDER", help="Hugging Face encoder (BERT-style)"
+    )
+    train.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for `engine.length_predictor`")
+    train.add_argument("--buckets", type=int, default=5, help="length classes to tell apart (default: 5)")
+    train.add_argument("--epochs", type=int, default=40, help="passes over the requests (default: 40)")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument(
+        "--window",
+        type=int,
+        default=128,
+        help="tokens read of a prompt, its two ends (default: 128); cost grows with it",
+    )
+    train.add_argument("--pooling", choices=("mean", "cls"), default="mean", help="as the encoder was made for")
+    train.add_argument("--held-out", type=float, default=0.2, metavar="SHARE", help="kept to judge by (default: 0.2)")
+    train.set_defaults(run=_train_predictor)
 
 
 # Commands import what they need when they run: `chameleon --help` should not wait for torch.
@@ -143,6 +167,26 @@ def _plan(arguments: argparse.Namespace) -> int:
     from chameleon_ray.sim.plan import run
 
     return _told(lambda: run(arguments.scenario, arguments.slo, arguments.json))
+
+
+def _train_predictor(arguments: argparse.Namespace) -> int:
+    from chameleon_ray.predictor.train import TrainOptions, report, train
+
+    def run() -> int:
+        options = TrainOptions(
+            buckets=arguments.buckets,
+            epochs=arguments.epochs,
+            seed=arguments.seed,
+            window=arguments.window,
+            pooling=arguments.pooling,
+            held_out_share=arguments.held_out,
+        )
+        description = train(arguments.requests, arguments.encoder, arguments.out, options)
+        print("\n".join(report(description)))
+        print(f"saved; use it with engine.length_predictor={arguments.out.resolve()}")
+        return 0
+
+    return _told(run)
 
 
 def _told(command: Callable[[], int]) -> int:

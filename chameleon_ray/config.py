@@ -78,6 +78,14 @@ class EngineConfig(_Section):
     cpu_threads: PositiveInt | None = Field(
         default=None, description="compute threads per CPU engine; default: all cores"
     )
+    length_predictor: str = Field(
+        default="history",
+        min_length=1,
+        description="output lengths: `history` of like requests, or a folder that `chameleon train-predictor` made",
+    )
+    length_predictor_timeout_s: PositiveFloat = Field(
+        default=0.05, description="a trained predictor that takes longer leaves the request to the history"
+    )
     seed: int = Field(default=0, description="seed of the engine's sampler")
     vllm_args: dict[str, Any] = Field(
         default_factory=dict,
@@ -184,6 +192,13 @@ class ReplicasConfig(_Section):
     )
     max_stream_events_per_s: PositiveInt = Field(
         default=1000, description="stream events a replica sends; above it, events carry several tokens"
+    )
+    request_log: str | None = Field(
+        default=None,
+        description="node-local folder that records every ended request, **its prompt included**; default: none",
+    )
+    request_log_max_mib: PositiveInt = Field(
+        default=256, description="size of that folder, over all replicas of the node; the oldest records leave first"
     )
 
 

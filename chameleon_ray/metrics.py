@@ -60,6 +60,12 @@ PLACEMENT_AGE_S = Metric(
     "chameleon_placement_age_s", "Seconds since the router's knowledge of the replicas was current; 0 while it follows."
 )
 
+LENGTH_PREDICTIONS = Metric(
+    "chameleon_length_predictions",
+    "Output lengths predicted in the replica: by the trained model, or by history where that was too slow.",
+    ("source",),
+)
+
 RETRIES = Metric("chameleon_retries", "Requests sent to a second replica because the first died before it answered.")
 
 BROKEN_STREAMS = Metric("chameleon_broken_streams", "Streams that ended with an error event after they had begun.")

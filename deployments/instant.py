@@ -36,6 +36,9 @@ class InstantEngine:
     async def refresh_residency(self) -> None:
         pass
 
+    def length_predictions(self) -> Mapping[str, int]:
+        return {}
+
     def load(self) -> ReplicaLoad:
         return ReplicaLoad(max_running=64)
 

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,6 +14,7 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from chameleon_ray import metrics
 from chameleon_ray.adapters.base_model import BaseModelShapes
 from chameleon_ray.adapters.catalog import AdapterLibrary
 from chameleon_ray.adapters.errors import AdapterError, AdapterRetryLaterError
@@ -46,6 +48,7 @@ class Replica:
         self._config = AppConfig.model_validate(config)
         self._id = serve.get_replica_context().replica_id.unique_id
         self._num_streams = 0
+        self._num_predictions: Counter[str] = Counter()
         self._reporter: asyncio.Task[None] | None = None
         model_folder = await asyncio.to_thread(local_model_folder, self._config.model)
         shapes = await asyncio.to_thread(BaseModelShapes.from_folder, model_folder)
@@ -188,11 +191,17 @@ class Replica:
                     await self._register_pending()
                 self._adapters.sweep()
                 await self._engine.refresh_residency()
+                self._count_predictions()
                 await self._publisher.publish(self._report(), time.monotonic())
             except Exception:
                 self._die_with_engine()
                 logger.exception("a placement report failed; the next one follows")
             await asyncio.sleep(self._config.redis.heartbeat_s)
+
+    def _count_predictions(self) -> None:
+        for source, total in self._engine.length_predictions().items():
+            metrics.LENGTH_PREDICTIONS.counter().inc(total - self._num_predictions[source], tags={"source": source})
+            self._num_predictions[source] = total
 
     def _report(self) -> ReplicaReport:
         return ReplicaReport(

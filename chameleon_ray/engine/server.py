@@ -3,7 +3,9 @@
 Importing this module imports vLLM: only processes that run an engine should.
 """
 
+import asyncio
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
@@ -17,18 +19,19 @@ from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.lora.request import LoRARequest
 from vllm.usage.usage_lib import UsageContext
-from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from chameleon_ray.adapters.errors import AdapterInvalidError
 from chameleon_ray.adapters.record import AdapterRecord
 from chameleon_ray.config import AppConfig
 from chameleon_ray.engine.asgi import AsgiCall
+from chameleon_ray.engine.estimating import EstimatingLLM
 from chameleon_ray.engine.options import GIB, server_args
 from chameleon_ray.engine.paged.options import unsupported_reason
 from chameleon_ray.engine.stats import LoadStats, RequestRates
 from chameleon_ray.policy.adapter import Tier
 from chameleon_ray.policy.routing import ReplicaLoad
+from chameleon_ray.predictor.estimator import make_estimator
 
 logger = logging.getLogger("ray.serve")
 
@@ -68,7 +71,7 @@ class _RequestAdapters(Mapping[str, LoRARequest]):
 class EngineServer:
     """Owns the engine of one replica. Create with ``await EngineServer.start(config)``."""
 
-    def __init__(self, config: AppConfig, engine: AsyncLLM, app: Any, stats: LoadStats):
+    def __init__(self, config: AppConfig, engine: EstimatingLLM, app: Any, stats: LoadStats):
         self._config = config
         self._engine = engine
         self._app = app
@@ -90,15 +93,19 @@ class EngineServer:
             logger.warning("engine.adapter_memory: adapters go to vLLM's slots, not to KV memory: %s", reason)
             slots = config.engine.model_copy(update={"adapter_memory": "slots"})
             return await cls.start(config.model_copy(update={"engine": slots}), stat_loggers)
+        estimator = await asyncio.to_thread(
+            make_estimator, config, vllm_config.model_config.max_model_len, f"{os.getpid()}-{time.time_ns()}"
+        )
         made: list[LoadStats] = []
 
         def load_stats(config: Any, engine_index: int = 0) -> LoadStats:
             made.append(LoadStats(config, engine_index))
             return made[-1]
 
-        engine = AsyncLLM.from_vllm_config(
+        engine = EstimatingLLM.from_vllm_config(
             vllm_config, usage_context=UsageContext.OPENAI_API_SERVER, stat_loggers=[load_stats, *stat_loggers]
         )
+        engine.estimator = estimator
         try:
             if config.engine.adapter_memory == "slots":
                 await engine.collective_rpc("correct_slots")
@@ -169,6 +176,10 @@ class EngineServer:
     def num_requests(self) -> int:
         """Requests that the engine has and has not finished."""
         return self._engine.get_num_unfinished_requests()
+
+    def length_predictions(self) -> Mapping[str, int]:
+        """Requests whose output length was predicted here, by source; empty without a trained predictor."""
+        return {} if self._engine.estimator is None else self._engine.estimator.counts()
 
     @property
     def is_dead(self) -> bool:

@@ -22,12 +22,14 @@ class LengthFeatures:
     adapter_digest: None for the base model.
     max_tokens: the client's limit on the output; None when it set none.
     true_output_tokens: only a simulation knows it, and only ``OraclePredictor`` reads it.
+    prompt_text: None where it is not known; only predictors that read prompts (``predictor/proxy.py``) use it.
     """
 
     adapter_digest: str | None
     num_prompt_tokens: int
     max_tokens: int | None = None
     true_output_tokens: int | None = None
+    prompt_text: str | None = None
 
 
 class LengthPredictor(Protocol):

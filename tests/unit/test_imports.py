@@ -40,8 +40,19 @@ RULES = (
         not_external=("vllm", "torch", "ray"),
     ),
     Rule(
+        "chameleon_ray.predictor",
+        may_use=("chameleon_ray.policy", "chameleon_ray.config"),
+        not_external=("vllm", "ray", "redis"),
+    ),
+    Rule(
         "chameleon_ray.engine",
-        may_use=("chameleon_ray.policy", "chameleon_ray.adapters", "chameleon_ray.config", "chameleon_kernels"),
+        may_use=(
+            "chameleon_ray.policy",
+            "chameleon_ray.adapters",
+            "chameleon_ray.config",
+            "chameleon_ray.predictor",
+            "chameleon_kernels",
+        ),
         not_external=("ray", "redis"),
     ),
     Rule(
