@@ -4,6 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,9 +15,23 @@ from chameleon_ray.predictor.head import LengthHead
 from chameleon_ray.predictor.saved import Description, load_predictor
 
 MAX_BATCH = 16
-"""Prompts in one forward pass: more would make the first of them wait for the last."""
+"""Most prompts in one forward pass; fewer where more could not be done within their time limits."""
 MAX_WAITING = 256
 """Beyond, requests get the history's prediction at once."""
+
+
+_SMOOTHING = 0.2
+_CHARACTERS_PER_TOKEN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A request that wants a prediction. answer: None where there is no time for one. Times by the loop's clock."""
+
+    features: LengthFeatures
+    answer: "asyncio.Future[int | None]"
+    deadline_s: float
+    num_tokens: int
 
 
 class ProxyPredictor:
@@ -26,9 +41,17 @@ class ProxyPredictor:
     """
 
     def __init__(
-        self, encoder: Encoder, head: LengthHead, description: Description, max_model_len: int, num_threads: int = 0
+        self,
+        encoder: Encoder,
+        head: LengthHead,
+        description: Description,
+        max_model_len: int,
+        num_threads: int = 0,
+        s_per_token: float = 0.0,
     ) -> None:
-        """num_threads: compute threads of ``predict_soon``; 0: as torch is set."""
+        """num_threads: compute threads of ``predict_soon``; 0: as torch is set. s_per_token: first guess of its cost,
+        which is measured from then on.
+        """
         self.description = description
         self.history = HistoryPredictor(max_model_len)
         self.num_from_model = 0
@@ -38,7 +61,8 @@ class ProxyPredictor:
         self._max_model_len = max_model_len
         setup = (lambda: torch.set_num_threads(num_threads)) if num_threads else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="length-predictor", initializer=setup)
-        self._waiting: deque[tuple[LengthFeatures, asyncio.Future[int]]] = deque()
+        self._s_per_token = s_per_token
+        self._waiting: deque[_Waiting] = deque()
         self._worker: asyncio.Task[None] | None = None
 
     @classmethod
@@ -74,18 +98,23 @@ class ProxyPredictor:
     async def predict_soon(self, features: LengthFeatures, timeout_s: float) -> int:
         """``predict`` outside the event loop; the history's prediction when that is not there within ``timeout_s``.
 
-        Requests that arrive while one batch runs form the next. Raises what the encoder raised.
+        Requests that arrive while one batch runs form the next. Those that it could not serve in time go to the history
+        as soon as that is known: an encoder that cannot keep up still serves as many as it can. Raises what it raised.
         """
         if features.prompt_text is None or len(self._waiting) >= MAX_WAITING:
             return self.from_history(features)
-        answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._waiting.append((features, answer))
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[int | None] = loop.create_future()
+        num_tokens = min(self._encoder.window, 2 + len(features.prompt_text) // _CHARACTERS_PER_TOKEN)
+        self._waiting.append(_Waiting(features, answer, loop.time() + timeout_s, num_tokens))
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
         try:
             async with asyncio.timeout(timeout_s):
                 tokens = await answer
         except TimeoutError:
+            tokens = None
+        if tokens is None:
             return self.from_history(features)
         self.num_from_model += 1
         return tokens
@@ -102,24 +131,46 @@ class ProxyPredictor:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _work(self) -> None:
-        """Run batches until nobody waits; requests that have given up or gone are left out."""
+        """Run batches until nobody waits."""
         loop = asyncio.get_running_loop()
-        while batch := self._next_batch():
+        # The first request is tried whatever the estimate says: so an estimate that was wrong is put right.
+        batch = self._next_batch(loop.time(), always_one=True)
+        while batch:
+            began_s = loop.time()
             try:
-                found = await loop.run_in_executor(self._thread, self.predict_batch, [one for one, _ in batch])
+                found = await loop.run_in_executor(self._thread, self.predict_batch, [one.features for one in batch])
             except Exception as error:
-                for _, answer in batch:
-                    if not answer.done():
-                        answer.set_exception(error)
-                continue
-            for (_, answer), tokens in zip(batch, found, strict=True):
-                if not answer.done():
-                    answer.set_result(tokens)
+                for one in batch:
+                    if not one.answer.done():
+                        one.answer.set_exception(error)
+            else:
+                self._learn_cost(loop.time() - began_s, _padded_tokens(batch))
+                for one, tokens in zip(batch, found, strict=True):
+                    if not one.answer.done():
+                        one.answer.set_result(tokens)
+            batch = self._next_batch(loop.time(), always_one=False)
 
-    def _next_batch(self) -> list[tuple[LengthFeatures, asyncio.Future[int]]]:
-        batch: list[tuple[LengthFeatures, asyncio.Future[int]]] = []
+    def _next_batch(self, now_s: float, always_one: bool) -> list[_Waiting]:
+        """The oldest requests that can all be served in time; those that cannot even alone are sent to the history."""
+        batch: list[_Waiting] = []
         while self._waiting and len(batch) < MAX_BATCH:
-            features, answer = self._waiting.popleft()
-            if not answer.done():
-                batch.append((features, answer))
+            one = self._waiting[0]
+            if not one.answer.done():
+                longer = [*batch, one]
+                end_s = now_s + self._s_per_token * _padded_tokens(longer)
+                if end_s <= min(each.deadline_s for each in longer) or (always_one and not batch):
+                    batch = longer
+                elif batch:
+                    break
+                else:
+                    one.answer.set_result(None)
+            self._waiting.popleft()
         return batch
+
+    def _learn_cost(self, elapsed_s: float, num_tokens: int) -> None:
+        measured = elapsed_s / num_tokens
+        self._s_per_token += (_SMOOTHING if self._s_per_token else 1.0) * (measured - self._s_per_token)
+
+
+def _padded_tokens(batch: Sequence[_Waiting]) -> int:
+    return len(batch) * max(one.num_tokens for one in batch)

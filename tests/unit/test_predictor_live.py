@@ -137,6 +137,27 @@ def test_a_late_prediction_is_replaced_by_the_historys_and_later_ones_are_on_tim
     run(test, predictor, encoder)
 
 
+def test_requests_that_cannot_be_served_in_time_hold_up_nobody(folder: Path, encoder: GatedEncoder) -> None:
+    _, head, description = load_predictor(folder)
+    predictor = ProxyPredictor(encoder, head, description, max_model_len=8192, s_per_token=0.5)
+    prompt = "word " * 20  # 27 tokens by estimate: 13 s
+
+    async def test() -> None:
+        first = asyncio.create_task(predictor.predict_soon(asked(prompt + "first"), LONG_S / 10))
+        await entered(encoder)  # tried although the estimate is against it
+        hopeless = asyncio.create_task(predictor.predict_soon(asked(prompt + "hopeless"), LONG_S / 10))
+        patient = [asyncio.create_task(predictor.predict_soon(asked(f"{prompt}{i}"), LONG_S)) for i in range(16)]
+        await asyncio.sleep(0)
+        encoder.gate.set()
+        await asyncio.gather(first, hopeless, *patient)
+        assert encoder.batches[0] == [prompt + "first"]
+        assert 1 <= len(encoder.batches[1]) < 16  # together they would be late
+        assert not any(prompt + "hopeless" in batch for batch in encoder.batches)
+        assert predictor.num_from_history == 1 and predictor.num_from_model == 17
+
+    run(test, predictor, encoder)
+
+
 def test_a_cancelled_request_is_left_out_and_harms_nobody(predictor: ProxyPredictor, encoder: GatedEncoder) -> None:
     async def test() -> None:
         running = asyncio.create_task(predictor.predict_soon(asked("running"), LONG_S))
