@@ -51,6 +51,25 @@ class EngineConfig(_Section):
     adapter_policy: Literal["chameleon", "fairshare", "lru", "gdsf", "discard"] = Field(
         default="chameleon", description="`paged`: which idle adapters leave first"
     )
+    scheduler: Literal["chameleon", "fifo", "sjf", "static"] = Field(
+        default="chameleon",
+        description="`paged`: which waiting request runs next; `chameleon`: queues by size with measured quotas",
+    )
+    scheduler_slo_s: PositiveFloat | None = Field(
+        default=None, description="`chameleon`: the SLO that quotas aim at, in seconds; default: five mean durations"
+    )
+    scheduler_refresh_s: PositiveFloat = Field(
+        default=300.0, description="`chameleon`: pause between two measurements of queues and quotas"
+    )
+    scheduler_max_queues: Annotated[int, Field(ge=1, le=4)] = Field(
+        default=4, description="`chameleon`: most queues that requests are split into"
+    )
+    request_size: Literal["product", "sum"] = Field(
+        default="product", description="weighted request size: the paper's, or the sum of its three terms"
+    )
+    histogram_prefetch: bool = Field(
+        default=False, description="`paged`: load adapters that are expected soon by the times of past requests"
+    )
     max_loras: PositiveInt = Field(default=8, description="`slots`: adapter slots in GPU memory")
     max_cpu_loras: PositiveInt = Field(
         default=64, description="`slots`: adapters kept in host memory (at least `max_loras`)"

@@ -13,12 +13,9 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from chameleon_ray.policy.lengths import LengthFeatures
+from chameleon_ray.policy.lengths import PREDICTED_TOKENS, LengthFeatures
 from chameleon_ray.predictor.encoder import CLIP_CHARACTERS, clip_prompt
 from chameleon_ray.predictor.estimator import EndedOutput, LengthEstimator
-
-PREDICTED_TOKENS = "chameleon_predicted_tokens"
-"""Key in ``SamplingParams.extra_args``: the expected output tokens of a request, an int. Clients cannot set it."""
 
 
 class EstimatingLLM(AsyncLLM):

@@ -96,6 +96,13 @@ def _paged(config: AppConfig) -> dict[str, Any]:
             check_finite=config.adapters.check_finite,
             retry_after_s=config.adapters.retry_after_s,
             policy=config.engine.adapter_policy,
+            histogram_prefetch=config.engine.histogram_prefetch,
+            scheduler=config.engine.scheduler,
+            request_size=config.engine.request_size,
+            max_queues=config.engine.scheduler_max_queues,
+            slo_s=config.engine.scheduler_slo_s,
+            refresh_s=config.engine.scheduler_refresh_s,
+            trust_predictions=config.engine.length_predictor != "history",  # EstimatingLLM strips what clients send.
         )
     )
 

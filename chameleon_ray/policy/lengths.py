@@ -11,6 +11,9 @@ from typing import Protocol
 LENGTH_BUCKETS = (16, 64, 256, 1024, 4096)
 """Upper bounds (inclusive) of the output-length classes that predictions are judged by; above the last: one more."""
 
+PREDICTED_TOKENS = "chameleon_predicted_tokens"
+"""Key in vLLM's ``SamplingParams.extra_args``: the output tokens predicted for a request, an int."""
+
 _MIN_OBSERVATIONS = 4
 """A group of requests is trusted from so many ends on; below, the next wider group answers."""
 

@@ -1,6 +1,6 @@
 """All queues of a replica with their requests: every move between places, and every token lent and returned."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 
 from chameleon_ray.policy.admission import Admission
@@ -15,6 +15,8 @@ class QueueSet:
     def __init__(self, layout: Layout, max_running: int | None) -> None:
         self.entries: dict[str, Entry] = {}
         self.running: dict[str, Entry] = {}
+        self.adapters_in_use: Counter[str] = Counter()
+        """Digest -> running requests that use the adapter."""
         self.used_tokens = 0
         self.queues = _queues(layout)
         self._total_tokens = sum(layout.quotas)
@@ -66,6 +68,8 @@ class QueueSet:
         entry.place = Place.RUNNING
         entry.admitted_s = now_s
         self.running[entry.request_id] = entry
+        if entry.request.adapter is not None:
+            self.adapters_in_use[entry.request.adapter.digest] += 1
         entry.queue.num_running += 1
         self.used_tokens += entry.tokens
         own = min(entry.queue.free_tokens, entry.tokens)
@@ -91,6 +95,8 @@ class QueueSet:
                 del self._loading[digest]
         else:
             del self.running[entry.request_id]
+            if entry.request.adapter is not None:
+                self._leave_adapter(entry.request.adapter.digest)
             entry.queue.num_running -= 1
             self.used_tokens -= entry.tokens
             for lender, tokens in entry.loans:
@@ -166,6 +172,13 @@ class QueueSet:
             borrowed = entry.tokens if entry.place is Place.RUNNING else 0
             assert _total(tokens for _, tokens in entry.loans) == borrowed, f"{entry.request_id} borrowed otherwise"
         assert self.used_tokens == sum(entry.tokens for entry in running)
+        in_use = Counter(entry.request.adapter.digest for entry in running if entry.request.adapter is not None)
+        assert self.adapters_in_use == in_use, f"{self.adapters_in_use} adapters in use, {in_use} by running requests"
+
+    def _leave_adapter(self, digest: str) -> None:
+        self.adapters_in_use[digest] -= 1
+        if not self.adapters_in_use[digest]:
+            del self.adapters_in_use[digest]
 
     def _join_loading(self, entry: Entry) -> None:
         assert entry.request.adapter is not None

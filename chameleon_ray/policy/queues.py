@@ -4,7 +4,8 @@ The rules
 1. Every request belongs to one queue, by its size (WRS). A queue is ordered by arrival; a level of client priority is
    worth ``priority_s`` of seniority, within bounds, so that it orders equals and starves nobody.
 2. An admitted request borrows its tokens (prompt + predicted output + adapter as tokens) and a seat in the batch, and
-   returns them whichever way it leaves: end, abort, preemption, squash.
+   returns them whichever way it leaves: end, abort, preemption, squash. An adapter that running requests use already
+   is in memory once, so those that join them do not borrow for it again.
 3. Each step offers requests smallest queue first. Phase 1: a queue admits from its head while its own quota lasts.
    Phase 2: what queues in which nobody waits have left is offered, in the same order, on top of a queue's own rest.
    A queue stops at its first request that does not fit. A queue that lends nothing may exceed its quota by one request,
@@ -19,6 +20,7 @@ The rules
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from math import inf
 
 from chameleon_ray.policy.admission import AdapterRoom, Admission, Admitted, Obstacle, QueuesState, QueueState
@@ -218,6 +220,13 @@ class RequestQueues:
             assert entry.queue is self._set.queues[queue_of(entry.size, self._layout.cutoffs)], "in another's queue"
         assert self._candidate is None or self._candidate.place is Place.WAITING
 
+    def _tokens_now(self, entry: Entry) -> int:
+        """What the request would borrow if it ran now (rule 2)."""
+        request = entry.request
+        if request.adapter is not None and self._set.adapters_in_use[request.adapter.digest]:
+            request = replace(request, adapter=None)
+        return request_tokens(request, self._options.sizing)
+
     def _classify(self, entry: Entry) -> None:
         entry.size = request_size(entry.request, self._scales, self._options.sizing)
         entry.queue = self._set.queues[queue_of(entry.size, self._layout.cutoffs)]
@@ -281,6 +290,7 @@ class RequestQueues:
         admission = self._room.admission(held.request)
         hopeless = admission is Admission.NO_ROOM and not self._set.running
         if admission in (Admission.READY, Admission.FITS):
+            held.tokens = self._tokens_now(held)
             if self._set.running and held.tokens > self._set.free_tokens:
                 return
             yield held
@@ -294,6 +304,7 @@ class RequestQueues:
         entry.was_ready |= admission is Admission.READY
         if admission is Admission.LOADING:
             return Obstacle.LOADING
+        entry.tokens = self._tokens_now(entry)
         if entry.tokens > self._set.allowance(queue, spare) or not self._set.has_seat(queue, spare):
             return Obstacle.QUOTA
         if admission is Admission.NO_ROOM:

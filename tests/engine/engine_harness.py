@@ -19,7 +19,7 @@ from chameleon_ray.demo import DemoPaths
 from chameleon_ray.engine.paged.memory import AdapterMemory
 from chameleon_ray.engine.paged.options import PagedSettings, paged_arguments
 
-DEADLINE_S = 120.0
+DEADLINE_S = 60.0
 MIB = 1 << 20
 SETTINGS = PagedSettings(memory_share=0.5, host_bytes=48 * MIB, max_rank=128, retry_after_s=0.2, readers=2)
 """Small on purpose: neither the share of the 128 blocks nor the host memory holds the demo's 24 adapters (78 MB)."""
@@ -71,12 +71,19 @@ class PagedEngine:
             self._adapters[name] = LoRARequest(name, next(self._numbers), str(folder))
         return self._adapters[name]
 
-    def add(self, prompt: str | list[int], adapter: LoRARequest | None = None, max_tokens: int = 8) -> str:
+    def add(
+        self,
+        prompt: str | list[int],
+        adapter: LoRARequest | None = None,
+        max_tokens: int = 8,
+        priority: int = 0,
+        **sampling: Any,
+    ) -> str:
         """Queue a greedy request; returns its id."""
         request_id = f"r{next(self._ids)}"
         given = prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}
-        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-        self.llm.add_request(request_id, given, params, lora_request=adapter)
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, **{"ignore_eos": True, **sampling})
+        self.llm.add_request(request_id, given, params, lora_request=adapter, priority=priority)
         self.outcomes[request_id] = Outcome()
         return request_id
 
@@ -88,8 +95,11 @@ class PagedEngine:
                 tuple(completion.token_ids), completion.finish_reason, completion.stop_reason
             )
         self.memory.check()
-        running = {request.request_id for request in self.scheduler.running if request.lora_request is not None}
+        running = {request.request_id for request in self.scheduler.running}
         assert self.memory.running == running
+        waiting = {request.request_id for request in self.scheduler.waiting}
+        assert running | waiting == set(self.scheduler.requests) and not running & waiting
+        assert self.memory.policy.num_waiting <= len(waiting)  # The policy does not know those being inspected yet.
 
     def run(self, until: Callable[[], bool]) -> None:
         """Step until the condition holds, or fail."""
@@ -102,6 +112,10 @@ class PagedEngine:
         """Step until these requests have ended."""
         self.run(lambda: all(self.outcomes[request_id].finish_reason for request_id in request_ids))
         return [self.outcomes[request_id] for request_id in request_ids]
+
+    def text(self, outcome: Outcome) -> str:
+        """What its tokens say."""
+        return str(self.llm.tokenizer.decode(outcome.tokens, skip_special_tokens=True))
 
     def abort(self, request_id: str) -> None:
         self.llm.abort_request([request_id])

@@ -197,7 +197,11 @@ def test_report_to_the_front_end_says_what_has_changed(engine: PagedEngine, demo
     idle = reporter.take()
     assert idle is not None, "this step may be the last for long"
     assert (busy.data["cache"]["requests_running"], idle.data["cache"]["requests_running"]) == (1, 0)
-    assert list(busy.data["tiers"].values()) == [Tier.GPU] and idle.data["tiers"] == {}
+    # What the host copy displaced is reported as well.
+    assert list(busy.data["tiers"].values()).count(Tier.GPU) == 1 and idle.data["tiers"] == {}
+    assert [index for index, _ in busy.data["waited"]] == [0] and not idle.data["waited"]
+    assert busy.data["queues"]["num_running"] == 1 and idle.data["queues"]["num_running"] == 0
+    assert idle.data["predictions"]["num_requests"] > 0
     assert busy.data["seconds"]["load"] and not idle.data["seconds"]["load"]
     assert idle.data["cache"]["loads"] == first.data["cache"]["loads"] + 1
     both = busy.aggregate(idle).data

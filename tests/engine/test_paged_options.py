@@ -45,6 +45,6 @@ def test_configuration_chooses_between_pages_and_slots(demo: DemoPaths) -> None:
     slots = arguments(adapter_memory="slots", max_loras=3)
     assert (slots.max_loras, slots.scheduler_cls) == (3, None)
     paged = arguments(adapter_memory="paged", adapter_memory_share=0.25, adapter_host_gib=2.0)
-    assert paged.scheduler_cls == "chameleon_ray.engine.paged.scheduler.PagedScheduler"
+    assert paged.scheduler_cls == "chameleon_ray.engine.paged.scheduler.ChameleonScheduler"
     settings = PagedSettings(**paged.additional_config["chameleon"])
     assert (settings.memory_share, settings.host_bytes, settings.max_rank) == (0.25, 2 << 30, 128)

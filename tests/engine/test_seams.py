@@ -19,7 +19,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
-from chameleon_ray.engine.paged.queue import ResidencyQueue
+from chameleon_ray.engine.paged.queue import PolicyQueue
 
 PARAMETERS = {
     Scheduler.schedule: "self throttle_prefills",
@@ -49,6 +49,8 @@ PARAMETERS = {
 SOURCE = {
     Scheduler.schedule: (
         "while (self.waiting or self.skipped_waiting)",
+        "request_queue.pop_request()\n                    step_skipped_waiting.prepend_request(request)",
+        "self.skipped_waiting.prepend_requests(step_skipped_waiting)",
         "new_blocks = self.kv_cache_manager.allocate_slots(",
         "preempted_req = self.running.pop()",
         "self.connector.update_state_after_alloc(",
@@ -56,6 +58,8 @@ SOURCE = {
     ),
     Scheduler._select_waiting_queue_for_scheduling: ("return self.skipped_waiting or self.waiting or None",),
     Scheduler.add_request: ("self.connector.on_new_request(request)",),
+    Scheduler._preempt_request: ("self.waiting.prepend_request(request)",),
+    Scheduler._enqueue_waiting_request: ("self.skipped_waiting.add_request(request)",),
     Scheduler._free_request: ("self._connector_finished(request)",),
     Scheduler.finish_requests: ("self.waiting.remove_requests(",),
     Scheduler._request_blocks_can_be_freed: ("return not self.defer_block_free or",),
@@ -82,7 +86,7 @@ def test_source(function: object) -> None:
 
 def test_bases_and_fields() -> None:
     assert issubclass(AsyncScheduler, Scheduler) and issubclass(CPUWorker, Worker)
-    assert RequestQueue.__abstractmethods__ <= set(vars(ResidencyQueue))
+    assert RequestQueue.__abstractmethods__ <= set(vars(PolicyQueue))
     assert {"stop_reason", "finish_reason", "events", "trace_headers"} <= set(EngineCoreOutput.__struct_fields__)
     assert callable(Request.update_block_hashes)
 
@@ -91,7 +95,7 @@ def test_objects_of_a_started_engine(engine: PagedEngine) -> None:
     scheduler = engine.scheduler
     for name in ("running", "waiting", "skipped_waiting", "max_num_running_reqs", "block_size", "max_model_len"):
         assert hasattr(scheduler, name)
-    assert isinstance(scheduler.waiting, ResidencyQueue)
+    assert isinstance(scheduler.waiting, PolicyQueue)
     assert scheduler.kv_cache_manager.allocate_slots == scheduler._allocate_or_reclaim
     assert isinstance(scheduler.kv_cache_manager.watermark_blocks, int)
     assert scheduler.defer_block_free is False

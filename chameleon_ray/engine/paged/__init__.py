@@ -6,7 +6,7 @@ connector and ``additional_config``. In order of a request's life:
     options      the settings, the vLLM arguments that switch all this on, and what it cannot serve
     connector    vLLM's hooks on both sides, translation only
     memory       scheduler process: drives ``policy.cache``, owns the borrowed blocks, says who may run
-    queue        the waiting queue that lets requests pass whose adapter is still loading
+    queue        the policy's queues in the place of vLLM's waiting queues
     scheduler    vLLM's scheduler with the two above
     messages     what scheduler and workers tell each other with every step
     host         worker process: reads adapters into host memory, copies them into blocks

@@ -4,6 +4,7 @@ No KV is transferred: a connector is vLLM's way to lend blocks out, to send some
 back from all ranks. Translation only.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from vllm.v1.outputs import KVConnectorOutput
 from chameleon_ray.engine.paged.host import AdapterHost
 from chameleon_ray.engine.paged.memory import AdapterMemory
 from chameleon_ray.engine.paged.messages import ModelLayout, PagedUnsupportedError, StepOrders, StepResults
-from chameleon_ray.engine.paged.options import PagedSettings
+from chameleon_ray.engine.paged.options import EngineLimits, PagedSettings
 from chameleon_ray.engine.paged.stats import AdapterStats, StatsReporter
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ class PagedConnector(KVConnectorBase_V1):
         if len(kv_cache_config.kv_cache_groups) != 1:
             raise PagedUnsupportedError("its layers do not share one table of KV blocks")
         self.settings = PagedSettings.of(vllm_config)
+        self.reserved_blocks: Callable[[], int] = lambda: 0
+        """Free blocks that the running batch is about to need; the scheduler's to say."""
+        self._limits = EngineLimits.of(vllm_config)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -58,25 +62,24 @@ class PagedConnector(KVConnectorBase_V1):
         layouts = list(metadata.values())
         layout = layouts[0]
         assert isinstance(layout, ModelLayout) and all(other == layout for other in layouts), "ranks must agree"
-        self.memory = AdapterMemory(layout, len(layouts), self._pool, self.settings)
+        self.memory = AdapterMemory(layout, len(layouts), self._pool, self.settings, self._limits)
         self._reporter = StatsReporter(self.memory)
 
     def on_new_request(self, request: "Request") -> None:
         self.memory.add(request)
 
     def get_num_new_matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int | None, bool]:
-        # The waiting queue shows admissible requests only; this is for those that come by another way.
-        return (0 if self.memory.is_ready(request) else None), False
+        return 0, False
 
     def update_state_after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
-        self.memory.start(request.request_id)
+        self.memory.admit(request.request_id)
 
     def request_finished(self, request: "Request", block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        self.memory.release(request.request_id)
+        self.memory.release(request)
         return False, None
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
-        return self.memory.take_orders()
+        return self.memory.end_step(self.reserved_blocks())
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         if connector_output.kv_connector_worker_meta is not None:

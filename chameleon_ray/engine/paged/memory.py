@@ -1,15 +1,14 @@
-"""Scheduler side: which adapters hold which blocks, what is to be read and loaded, and which requests may run.
+"""Scheduler side: the replica's policy on vLLM's requests and block pool.
 
-Decisions are ``policy.cache``'s; this carries them out on vLLM's block pool and passes orders to the workers. Called by
-the engine's loop alone; reading an adapter's headers has a thread of its own.
+Decisions are ``policy.replica``'s; this tells it what happens, carries its plans out on the pool and passes orders to
+the workers. Called by the engine's loop alone; reading an adapter's headers has a thread of its own.
 """
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from math import ceil
 from pathlib import Path
 
 from vllm.logger import init_logger
@@ -17,19 +16,22 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from chameleon_ray.engine.paged.checkpoint import AdapterSummary, summarise
 from chameleon_ray.engine.paged.identity import identified
 from chameleon_ray.engine.paged.messages import Fetch, Load, ModelLayout, StepOrders, StepResults
-from chameleon_ray.engine.paged.options import PagedSettings
+from chameleon_ray.engine.paged.options import EngineLimits, PagedSettings
 from chameleon_ray.policy.adapter import Adapter
-from chameleon_ray.policy.cache import AdapterCache, AdapterTooLarge, CacheCorrupt, Plan, State
+from chameleon_ray.policy.admission import Obstacle
+from chameleon_ray.policy.cache import AdapterCache, AdapterTooLarge, CacheCorrupt, Plan
+from chameleon_ray.policy.lengths import PREDICTED_TOKENS, HistoryPredictor, LengthFeatures, PredictionAccuracy
+from chameleon_ray.policy.replica import AdapterFailed, ReplicaPolicy
+from chameleon_ray.policy.sizing import QueuedRequest
 
 logger = init_logger(__name__)
 
-IDLE_PLAN_INTERVAL_S = 0.05
-"""How often to plan while no request waits for an adapter: only expected adapters and leftovers are at stake."""
+_ENDED_BY_ITSELF = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
 
 @dataclass(slots=True)
@@ -37,7 +39,7 @@ class _Known:
     """An adapter by its digest.
 
     number: what workers know it by. inspection: under way; pending: requests that wait for its end. summary: once it
-    has ended well; from then on the cache knows the adapter. reason, retry_at_s: once it has ended badly.
+    has ended well; from then on the policy knows the adapter. reason, retry_at_s: once it has ended badly.
     """
 
     digest: str
@@ -52,6 +54,24 @@ class _Known:
     blocks: list[KVCacheBlock] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class _Live:
+    """A request that has not ended. known: its adapter; None for the base model.
+
+    num_predicted_tokens: 0 until the policy knows the request. running: admitted, and not preempted since.
+    """
+
+    request: Request
+    known: _Known | None
+    num_predicted_tokens: int = 0
+    running: bool = False
+
+    @property
+    def features(self) -> LengthFeatures:
+        digest = self.known.digest if self.known else None
+        return LengthFeatures(digest, self.request.num_prompt_tokens, self.request.max_tokens)
+
+
 class AdapterMemory:
     """Owns every borrowed block. One object per engine, made once the workers have said how the model is laid out."""
 
@@ -61,125 +81,126 @@ class AdapterMemory:
         num_ranks: int,
         pool: BlockPool,
         settings: PagedSettings,
+        limits: EngineLimits,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.cache = AdapterCache(settings.cache_config(layout.num_blocks))
+        block_bytes = layout.num_layers * layout.page_elems * layout.pages_per_block * layout.element_bytes
+        self.policy = ReplicaPolicy(settings.replica_config(layout.num_blocks, block_bytes, limits), self)
+        """For questions; change it through this object."""
+        self.accuracy = PredictionAccuracy()
         self.num_changes = 0  # Grows with whatever ``stats.py`` reports.
         self.seconds: list[tuple[str, float]] = []  # Durations of finished work since somebody last took them.
+        self.waited: list[tuple[int, float]] = []  # (queue, delay in s) of requests admitted since then.
         self._layout = layout
         self._num_ranks = num_ranks
         self._pool = pool
-        self._max_rank = settings.max_rank
-        self._retry_after_s = settings.retry_after_s
+        self._settings = settings
+        self._block_size = limits.block_size
+        self._predictor = HistoryPredictor(limits.max_model_len)
         self._clock = clock
         self._known: dict[str, _Known] = {}
         self._by_number: dict[int, _Known] = {}
-        self._requests: dict[str, _Known] = {}  # Live requests for adapters.
-        self._cached: set[str] = set()  # Those of them that the cache knows, and
-        self._running: set[str] = set()  # those of them that run.
+        self._live: dict[str, _Live] = {}
         self._failed: dict[str, str] = {}
         self._inspecting: list[_Known] = []
         self._inspector = ThreadPoolExecutor(1, "adapter-headers")
         self._orders = StepOrders()
         self._finished: dict[str, Counter[int]] = {"fetch": Counter(), "load": Counter()}  # Ranks that are done.
         self._errors: dict[int, str] = {}
-        self._blocked: str | None = None
-        self._planned_at_s = float("-inf")
         self._load_s, self._loaded_bytes = 0.0, 0
+
+    # What the policy asks (``BlockPool``)
+
+    def free_blocks(self) -> int:
+        """Blocks that nobody holds; those of cached prefixes count."""
+        return int(self._pool.get_num_free_blocks())
+
+    def kv_blocks(self, request_id: str) -> int:
+        """Blocks of a running request's KV cache; those that it shares by prefix caching count."""
+        return -(-self._live[request_id].request.num_computed_tokens // self._block_size)
 
     # What happens to requests
 
     def add(self, request: Request) -> None:
         """A request has arrived. Its LoRARequest is replaced by one that names the adapter's content."""
-        if request.lora_request is None:
-            return
-        path = request.lora_request.lora_path
-        digest, name = identified(request.lora_request)
-        known = self._known.get(digest)
-        if known is None:
-            known = self._known[digest] = _Known(digest, name, path, len(self._known) + 1)
-            self._by_number[known.number] = known
-        renamed = name != request.lora_request.lora_name
-        request.lora_request = LoRARequest(name, known.number, path)
-        if renamed:  # The prefix cache's keys contain the name.
-            request.block_hashes = []
-            request.update_block_hashes()
-        self._requests[request.request_id] = known
-        self._enqueue(request.request_id, known)
+        known = None if request.lora_request is None else self._identify(request, request.lora_request)
+        self._live[request.request_id] = _Live(request, known)
+        self._arrive(request.request_id)
 
-    def release(self, request_id: str) -> None:
-        """A request has ended, in whatever way."""
-        known = self._requests.pop(request_id, None)
-        if known is None:
+    def release(self, request: Request) -> None:
+        """A request has ended, in whatever way; its status says how."""
+        live = self._live.pop(request.request_id, None)
+        if live is None:
             return
         self.num_changes += 1
-        self._failed.pop(request_id, None)
-        self._running.discard(request_id)
-        if request_id in self._cached:
-            self._cached.remove(request_id)
-            self.cache.release(request_id, self._clock())
-        elif request_id in known.pending:
-            known.pending.remove(request_id)
+        self._failed.pop(request.request_id, None)
+        if not live.num_predicted_tokens:
+            if live.known is not None and request.request_id in live.known.pending:
+                live.known.pending.remove(request.request_id)
+            return
+        if request.status in _ENDED_BY_ITSELF:
+            self.accuracy.record(live.num_predicted_tokens, request.num_output_tokens)
+            self._predictor.observe(live.features, request.num_output_tokens)
+        if live.running and request.status in _ENDED_BY_ITSELF:
+            self.policy.finish(request.request_id, self._clock(), request.num_output_tokens)
+        else:
+            self.policy.remove(request.request_id, self._clock())
 
-    def start(self, request_id: str) -> None:
-        """The request runs from now on: its adapter stays until it is released or preempted."""
-        if request_id in self._requests and request_id not in self._running:
+    def requeue(self, request: Request, *, squashed: bool = False) -> None:
+        """A running request was preempted or squashed: it waits again, at its old place."""
+        if (live := self._live.get(request.request_id)) is not None and live.running:
+            live.running = False
             self.num_changes += 1
-            self.cache.acquire(request_id, self._clock())
-            self._running.add(request_id)
+            self.policy.requeue(request.request_id, self._clock(), squashed=squashed)
 
-    def preempt(self, request_id: str) -> None:
-        """The request waits again."""
-        if request_id in self._running:
-            self._running.remove(request_id)
-            self.num_changes += 1
-            self.cache.requeue(request_id, self._clock())
-
-    def is_ready(self, request: Request) -> bool:
-        """Whether the request may run as far as its adapter goes."""
-        known = self._requests.get(request.request_id)
-        if known is None:
-            return True
-        return request.request_id in self._cached and self.cache.state(known.digest) is State.RESIDENT
+    def refuse(self, request: Request, reason: str) -> None:
+        """The request can never be served: ``take_failed`` names it."""
+        self._failed[request.request_id] = reason
 
     def take_failed(self) -> dict[str, str]:
         """Requests that must end with an error -> why. Whoever ends them also releases them."""
         failed, self._failed = self._failed, {}
         return failed
 
-    # What happens to adapters
+    # A step
 
-    def advance(self, waiting: Iterable[Request], seats: int, num_running: int, block_size: int) -> list[Request]:
-        """Decide for the next step; returns the requests that may be admitted in it, at most ``seats``.
-
-        Order is that of ``waiting``: requests whose adapter is being read or loaded are passed over; behind one whose
-        adapter does not fit until a running request ends, nobody is admitted, or it could wait for ever.
-        """
+    def begin_step(self) -> None:
+        """Start a step; requests that the policy wants squashed have been requeued."""
         now_s = self._clock()
         if self._inspecting:
             self._end_inspections(now_s)
-        front = _first(waiting, seats, lambda request: request.request_id not in self._failed)
-        if len(self._cached) > len(self._running) or now_s >= self._planned_at_s + IDLE_PLAN_INTERVAL_S:
-            self._plan(front, num_running, block_size, now_s)
-        if not self._blocked and len(front) < seats:
-            return [request for request in front if self.is_ready(request)]
-        return self._admissible(waiting, seats)
+        self.policy.begin_step(now_s)
+
+    def candidate(self) -> Request | None:
+        """The request that is to be admitted next, or passed over; None: no more in this step."""
+        queued = self.policy.peek()
+        return None if queued is None else self._live[queued.request_id].request
+
+    def pass_over(self, request: Request, obstacle: Obstacle) -> None:
+        """The candidate cannot run in this step."""
+        self.policy.pass_over(request.request_id, obstacle)
+
+    def admit(self, request_id: str) -> None:
+        """The candidate runs from now on: its adapter stays until it is released or requeued."""
+        live = self._live[request_id]
+        if not live.running:
+            admitted = self.policy.admit(request_id, self._clock())
+            live.running = True
+            self.num_changes += 1
+            self.waited.append((admitted.queue, admitted.waited_s))
 
     def reclaim(self, num_blocks: int, request_id: str, *, or_nothing: bool) -> bool:
         """Give blocks of idle adapters to the KV cache; False if there are none.
 
         request_id: whom they are for; its own adapter stays. or_nothing: evict nobody where it is not enough.
         """
-        now_s = self._clock()
-        known = self._requests.get(request_id)
-        plan = self.cache.reclaim(num_blocks, now_s, keep=() if known is None else (known.digest,))
-        if not plan.evict or (or_nothing and plan.freed_blocks < num_blocks):
-            return False
-        self._carry_out(plan, now_s)
-        return True
+        plan = self.policy.make_room(num_blocks, self._clock(), for_request=request_id, or_nothing=or_nothing)
+        self._carry_out(plan)
+        return bool(plan.evict)
 
-    def take_orders(self) -> StepOrders:
-        """What the workers have to do with the next step."""
+    def end_step(self, reserved_blocks: int) -> StepOrders:
+        """What the workers have to do with this step. reserved_blocks: see ``ReplicaPolicy.end_step``."""
+        self._carry_out(self.policy.end_step(self._clock(), reserved_blocks))
         orders, self._orders = self._orders, StepOrders()
         return orders
 
@@ -195,21 +216,32 @@ class AdapterMemory:
                 del finished[number]
                 self._end_work(what, self._by_number[number], self._errors.pop(number, None))
 
+    # State
+
+    @property
+    def cache(self) -> AdapterCache:
+        """The policy's cache, for questions."""
+        return self.policy.cache
+
     @property
     def num_requests(self) -> int:
-        """Live requests for adapters."""
-        return len(self._requests)
+        """Live requests."""
+        return len(self._live)
 
     @property
     def running(self) -> frozenset[str]:
-        """Requests that hold a reference to their adapter."""
-        return frozenset(self._running)
+        """Requests that run, by the policy's books."""
+        return frozenset(request_id for request_id, live in self._live.items() if live.running)
 
     @property
     def is_busy(self) -> bool:
         """Whether workers still have something to report."""
         stats = self.cache.stats()
         return bool(stats.loads_in_flight or stats.fetches_in_flight or self._orders)
+
+    def is_running(self, request_id: str) -> bool:
+        """Whether the request was admitted and has not been requeued since."""
+        return (live := self._live.get(request_id)) is not None and live.running
 
     def evict_idle(self) -> None:
         """Give back every block that no running request needs."""
@@ -230,40 +262,70 @@ class AdapterMemory:
         if not self._loaded_bytes:
             return 0.0
         s_per_byte = self._load_s / self._loaded_bytes
-        return self.cache.eviction_cost_s(
-            self._pool.get_num_free_blocks(), self._clock(), lambda size_bytes: size_bytes * s_per_byte
-        )
+        return self.cache.eviction_cost_s(self.free_blocks(), self._clock(), lambda size_bytes: size_bytes * s_per_byte)
 
     def check(self) -> None:
-        """Raise CacheCorrupt unless the cache's, the pool's and this object's numbers agree."""
+        """Raise CacheCorrupt or AssertionError unless the policy's, the pool's and this object's numbers agree."""
+        self.policy.check()
+        known = [live.request.request_id for live in self._live.values() if live.known and live.num_predicted_tokens]
         owned = {known.digest: len(known.blocks) for known in self._known.values() if known.blocks}
-        self.cache.check(owned_blocks=owned, live_requests=self._cached)
+        self.cache.check(owned_blocks=owned, live_requests=known)
         blocks = [block for known in self._known.values() for block in known.blocks]
         if len({block.block_id for block in blocks}) < len(blocks) or any(block.ref_cnt != 1 for block in blocks):
             raise CacheCorrupt("a borrowed block has two owners")
-        if not self._running <= self._cached <= self._requests.keys():
-            raise CacheCorrupt("requests are counted that have ended")
+        if self.policy.num_running != len(self.running):
+            raise CacheCorrupt(f"{self.policy.num_running} requests run by the policy, {len(self.running)} here")
 
     def close(self) -> None:
         """Stop the background thread."""
         self._inspector.shutdown(wait=False, cancel_futures=True)
 
-    def _enqueue(self, request_id: str, known: _Known) -> None:
+    def _identify(self, request: Request, lora: LoRARequest) -> _Known:
+        digest, name = identified(lora)
+        known = self._known.get(digest)
+        if known is None:
+            known = self._known[digest] = _Known(digest, name, lora.lora_path, len(self._known) + 1)
+            self._by_number[known.number] = known
+        request.lora_request = LoRARequest(name, known.number, lora.lora_path)
+        if name != lora.lora_name:  # The prefix cache's keys contain the name.
+            request.block_hashes = []
+            request.update_block_hashes()
+        return known
+
+    def _arrive(self, request_id: str) -> None:
+        """Queue a live request, at once or when its adapter has been inspected; or fail it."""
         self.num_changes += 1
         now_s = self._clock()
-        if known.summary is not None:
-            if failure := self.cache.failure(known.digest, now_s):
-                self._failed[request_id] = failure.reason
+        live = self._live[request_id]
+        known, adapter = live.known, None
+        if known is not None and known.summary is None:
+            if now_s < known.retry_at_s:
+                self._failed[request_id] = known.reason
                 return
-            self.cache.enqueue(request_id, known.digest, now_s)
-            self._cached.add(request_id)
-        elif now_s < known.retry_at_s:
-            self._failed[request_id] = known.reason
-        else:
             known.pending.append(request_id)
             if known.inspection is None:
-                known.inspection = self._inspector.submit(_inspect, known.path, self._layout, self._max_rank)
+                max_rank = self._settings.max_rank
+                known.inspection = self._inspector.submit(_inspect, known.path, self._layout, max_rank)
                 self._inspecting.append(known)
+            return
+        if known is not None and known.summary is not None:
+            adapter = Adapter(known.digest, known.summary.rank, known.summary.size_bytes)
+        predicted, request = self._predict(live), live.request
+        queued = QueuedRequest(request_id, request.num_prompt_tokens, predicted, adapter, request.priority)
+        try:
+            self.policy.arrive(queued, now_s)
+        except AdapterFailed as error:
+            self._failed[request_id] = str(error)
+        else:
+            live.num_predicted_tokens = predicted
+
+    def _predict(self, live: _Live) -> int:
+        params = live.request.sampling_params
+        if self._settings.trust_predictions and params is not None and params.extra_args:
+            given = params.extra_args.get(PREDICTED_TOKENS)
+            if isinstance(given, int) and given > 0:
+                return min(given, live.request.max_tokens)
+        return self._predictor.predict(live.features)
 
     def _end_inspections(self, now_s: float) -> None:
         ended = [known for known in self._inspecting if known.inspection is not None and known.inspection.done()]
@@ -275,45 +337,19 @@ class AdapterMemory:
             try:
                 known.path, summary = inspection.result()
                 adapter = Adapter(known.digest, summary.rank, summary.size_bytes)
-                self.cache.add(adapter, summary.num_blocks)
+                self.policy.add_adapter(adapter, summary.num_blocks)
             except (AdapterTooLarge, ValueError, OSError) as error:
-                known.reason, known.retry_at_s = self._refused(known, str(error)), now_s + self._retry_after_s
+                known.reason = self._refused(known, str(error))
+                known.retry_at_s = now_s + self._settings.retry_after_s
             else:
                 known.summary = summary
             for request_id in pending:
-                self._enqueue(request_id, known)
+                self._arrive(request_id)
 
-    def _plan(self, front: Sequence[Request], num_running: int, block_size: int, now_s: float) -> None:
-        self._planned_at_s = now_s
-        needed = [
-            known.digest
-            for request in front
-            if (known := self._requests.get(request.request_id)) is not None and known.summary is not None
-        ]
-        # Every running request may need a block, and those that can be admitted their prompts'.
-        reserved = num_running
-        for request in front:
-            if not self.is_ready(request):
-                break
-            reserved += ceil(request.num_tokens / block_size)
-        plan = self.cache.plan(needed, max(0, self._pool.get_num_free_blocks() - reserved), now_s)
-        self._blocked = plan.blocked
-        if plan:
-            self._carry_out(plan, now_s)
-
-    def _admissible(self, waiting: Iterable[Request], seats: int) -> list[Request]:
-        admissible: list[Request] = []
-        for request in waiting:
-            known = self._requests.get(request.request_id)
-            if len(admissible) == seats or (known is not None and known.digest == self._blocked):
-                break
-            if self.is_ready(request):
-                admissible.append(request)
-        return admissible
-
-    def _carry_out(self, plan: Plan, now_s: float) -> None:
+    def _carry_out(self, plan: Plan) -> None:
+        if not plan:
+            return
         self.num_changes += 1
-        self.cache.commit(plan, now_s)
         for eviction in plan.evict:
             self._give_back(self._known[eviction.digest])
         self._orders.drop += [self._known[digest].number for digest in plan.drop]
@@ -337,17 +373,14 @@ class AdapterMemory:
         if error is None:
             if what == "load" and known.summary is not None:
                 self._loaded_bytes += known.summary.size_bytes * self._num_ranks
-            (self.cache.fetched if what == "fetch" else self.cache.loaded)(known.digest)
+            (self.policy.fetched if what == "fetch" else self.policy.loaded)(known.digest)
             return
         reason = self._refused(known, error)
-        failed = self.cache.fetch_failed if what == "fetch" else self.cache.load_failed
-        failed(known.digest, reason, self._clock())
+        failed = self.policy.fetch_failed if what == "fetch" else self.policy.load_failed
+        self._failed |= dict.fromkeys(failed(known.digest, reason, self._clock()), reason)
         if what == "load":
             self._give_back(known)
         self._orders.drop.append(known.number)  # Other ranks may have succeeded.
-        for request_id, wanted in self._requests.items():
-            if wanted is known:
-                self._failed[request_id] = reason
 
     def _refused(self, known: _Known, reason: str) -> str:
         reason = f"adapter {known.name!r} cannot be used: {reason}"
@@ -358,13 +391,3 @@ class AdapterMemory:
 def _inspect(path: str, layout: ModelLayout, max_rank: int) -> tuple[str, AdapterSummary]:
     folder = get_adapter_absolute_path(path)
     return folder, summarise(Path(folder), layout, max_rank)
-
-
-def _first(waiting: Iterable[Request], count: int, wanted: Callable[[Request], bool]) -> list[Request]:
-    front: list[Request] = []
-    for request in waiting:
-        if len(front) >= count:
-            break
-        if wanted(request):
-            front.append(request)
-    return front

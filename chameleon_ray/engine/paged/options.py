@@ -5,16 +5,37 @@ Imports no vLLM: the arguments are plain values, for ``AsyncEngineArgs``, ``LLM(
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from chameleon_ray.policy.cache_types import CacheConfig
+from chameleon_ray.policy.disciplines import DISCIPLINES, QueueOptions
 from chameleon_ray.policy.eviction import PAPER_WEIGHTS, Weights
+from chameleon_ray.policy.replica import ReplicaConfig
+from chameleon_ray.policy.sizing import SizingOptions
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 PACKAGE = "chameleon_ray.engine.paged"
 SETTINGS_KEY = "chameleon"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What the engine around the policy can do. block_size: tokens of one KV block. max_running: requests at once."""
+
+    block_size: int
+    max_running: int
+    max_model_len: int
+
+    @classmethod
+    def of(cls, vllm_config: "VllmConfig") -> "EngineLimits":
+        """Those of a vLLM configuration."""
+        return cls(
+            vllm_config.cache_config.block_size,
+            vllm_config.scheduler_config.max_num_seqs,
+            vllm_config.model_config.max_model_len,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +50,10 @@ class PagedSettings:
     retry_after_s: pause before an adapter that failed is tried again.
     policy, frequency_weight, recency_weight, size_weight, frequency_window_s, prefetch, histogram_prefetch: see
     ``policy.cache_types.CacheConfig``.
+    scheduler: which waiting request runs next, a name in ``policy.disciplines.DISCIPLINES``.
+    request_size, max_queues, k_rule, slo_s, refresh_s: see ``policy.sizing.SizingOptions``, ``QueueOptions``.
+    trust_predictions: requests carry their predicted output length (``policy.lengths.PREDICTED_TOKENS``); only where
+    no client can set it.
     """
 
     memory_share: float = 0.5
@@ -44,6 +69,13 @@ class PagedSettings:
     frequency_window_s: float = 300.0
     prefetch: bool = True
     histogram_prefetch: bool = False
+    scheduler: str = "chameleon"
+    request_size: Literal["product", "sum"] = "product"
+    max_queues: int = 4
+    k_rule: Literal["elbow", "min_wcss"] = "elbow"
+    slo_s: float | None = None
+    refresh_s: float = 300.0
+    trust_predictions: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.memory_share <= 1:
@@ -51,6 +83,8 @@ class PagedSettings:
         for name in ("host_bytes", "max_rank", "readers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.scheduler not in DISCIPLINES:
+            raise ValueError(f"scheduler must be one of {', '.join(DISCIPLINES)}, not {self.scheduler!r}")
 
     @classmethod
     def of(cls, vllm_config: "VllmConfig") -> "PagedSettings":
@@ -77,11 +111,24 @@ class PagedSettings:
             histogram_prefetch=self.histogram_prefetch,
         )
 
+    def replica_config(self, num_blocks: int, block_bytes: int, limits: EngineLimits) -> ReplicaConfig:
+        """For a pool of so many blocks, each of so many bytes over all layers of one rank."""
+        queues = QueueOptions(
+            total_tokens=num_blocks * limits.block_size,
+            sizing=SizingOptions(kv_token_bytes=max(1, block_bytes // limits.block_size), form=self.request_size),
+            max_running=limits.max_running,
+            max_queues=self.max_queues,
+            k_rule=self.k_rule,
+            slo_s=self.slo_s,
+            refresh_s=self.refresh_s,
+        )
+        return ReplicaConfig(self.cache_config(num_blocks), queues, self.scheduler, limits.block_size)
+
 
 def paged_arguments(settings: PagedSettings | None = None) -> dict[str, Any]:
     """vLLM arguments, by their Python names, to set beside ``enable_lora=True``."""
     return {
-        "scheduler_cls": f"{PACKAGE}.scheduler.PagedScheduler",
+        "scheduler_cls": f"{PACKAGE}.scheduler.ChameleonScheduler",
         "worker_cls": f"{PACKAGE}.worker.PagedWorker",
         "kv_transfer_config": {
             "kv_connector": "PagedConnector",

@@ -1,11 +1,12 @@
-"""vLLM's scheduler with adapters in its KV memory. ``schedule`` itself is vLLM's; this stands around it.
+"""vLLM's scheduler with the replica's policy in it: which request runs next, and adapters in KV memory.
 
-Seams of vLLM 0.30 that are used beyond its documented hooks (tests/engine/test_seams.py pins them):
-``Scheduler.waiting`` as a replaceable ``RequestQueue``; ``kv_cache_manager.allocate_slots`` as the one place where KV
-memory runs out; ``_preempt_request``; ``defer_block_free``; ``finish_requests`` for requests that must end with an
-error.
+``schedule`` itself is vLLM's; this stands around it and translates. Seams of vLLM 0.30 that are used beyond its
+documented hooks (tests/engine/test_seams.py pins them): ``Scheduler.waiting`` and ``skipped_waiting`` as replaceable
+``RequestQueue``s; ``kv_cache_manager.allocate_slots`` as the one place where KV memory runs out; ``_preempt_request``;
+``defer_block_free``; ``finish_requests`` for requests that must end with an error.
 """
 
+import time
 from typing import Any
 
 from vllm.logger import init_logger
@@ -20,13 +21,14 @@ from chameleon_ray.engine.paged.connector import PagedConnector
 from chameleon_ray.engine.paged.memory import AdapterMemory
 from chameleon_ray.engine.paged.messages import PagedUnsupportedError
 from chameleon_ray.engine.paged.options import lift_slot_limits, unsupported_reason
-from chameleon_ray.engine.paged.queue import ResidencyQueue
+from chameleon_ray.engine.paged.queue import PolicyQueue, SkippedQueue
 
 logger = init_logger(__name__)
 
 
-class PagedScheduler(AsyncScheduler):
-    """Admits a request once its adapter is resident, and takes idle adapters' blocks before it preempts anybody."""
+class ChameleonScheduler(AsyncScheduler):
+    """Admits requests in the policy's order, once their adapters are resident; takes idle adapters' blocks before it
+    preempts anybody."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         if (reason := unsupported_reason(vllm_config)) is not None:
@@ -38,7 +40,9 @@ class PagedScheduler(AsyncScheduler):
         # vLLM holds freed blocks back one step for connectors that fill blocks unordered with the compute stream. Ours
         # does order its copies after it (host.py), so blocks are free at once, as without a connector.
         self.defer_block_free = False
-        self.waiting = ResidencyQueue(self.waiting, lambda request: self._memory.is_ready(request))
+        self.connector.reserved_blocks = self._reserved_blocks
+        self.waiting = PolicyQueue(lambda: self._memory, self._fits)
+        self.skipped_waiting = SkippedQueue(self.waiting)
         self._allocate_slots = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_or_reclaim
 
@@ -47,9 +51,13 @@ class PagedScheduler(AsyncScheduler):
         return self.connector.memory
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        seats = self.max_num_running_reqs - len(self.running)
-        admissible = self._memory.advance(self.waiting, seats, len(self.running), self.block_size)
-        self.waiting.refresh(admissible)
+        squashed = self._memory.policy.squashes()
+        self.waiting.begin_step(squashed)
+        for request_id in squashed:
+            request = self.requests[request_id]
+            self.running.remove(request)
+            self._preempt_request(request, time.monotonic())
+        self._memory.begin_step()
         return super().schedule(throttle_prefills)
 
     def update_from_output(
@@ -64,10 +72,6 @@ class PagedScheduler(AsyncScheduler):
         self._memory.evict_idle()  # vLLM resets only a pool of which nothing is lent.
         return super().reset_prefix_cache(reset_running_requests, reset_connector)
 
-    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        super()._preempt_request(request, *args, **kwargs)
-        self._memory.preempt(request.request_id)
-
     def _end_failed(self, failed: dict[str, str], outputs: dict[int, EngineCoreOutputs]) -> None:
         for request in self.finish_requests(list(failed), RequestStatus.FINISHED_ERROR):
             output = EngineCoreOutput(
@@ -79,6 +83,25 @@ class PagedScheduler(AsyncScheduler):
                 trace_headers=request.trace_headers,
             )
             outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(output)
+
+    def _reserved_blocks(self) -> int:
+        return len(self.running) + self._inflight_prefill_reserved_blocks()
+
+    def _fits(self, request: Request) -> bool:
+        """Whether there are free blocks for a waiting request's tokens; takes them from idle adapters if they do."""
+        if request.num_computed_tokens:  # A session that goes on: it holds blocks already.
+            return True
+        short = self._blocks_short(request, request.num_tokens)
+        if short > 0:  # Blocks of its prefix that others use as well are not taken from the free ones.
+            cached = self.kv_cache_manager.get_computed_blocks(request)[0].blocks
+            short -= sum(block.ref_cnt > 0 for block in cached[0]) if cached else 0
+        if short <= 0 or self._memory.reclaim(short, request.request_id, or_nothing=True):
+            return True
+        if not self.running and not self._memory.is_busy:
+            pool = self.kv_cache_manager.block_pool.num_gpu_blocks - 1
+            reason = f"{request.num_tokens} tokens and the adapter do not fit together in {pool} blocks of KV memory"
+            self._memory.refuse(request, reason)
+        return False
 
     def _allocate_or_reclaim(self, request: Request, num_new_tokens: int, **kwargs: Any) -> KVCacheBlocks | None:
         """``allocate_slots``; where memory is short, idle adapters leave first and it is tried again."""

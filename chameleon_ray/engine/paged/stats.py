@@ -10,13 +10,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStat
 from chameleon_ray.engine.paged.memory import AdapterMemory
 
 REPORT_INTERVAL_S = 0.1
-"""Statistics travel with a step's output at most so often while requests for adapters are live."""
+"""Statistics travel with a step's output at most so often while requests are live."""
 
 
 class AdapterStats(KVConnectorStats):
     """``data``: ``cache`` (``policy.cache_types.CacheStats``: totals and gauges), ``tiers`` (digest -> tier number of
     those that changed since the last report), ``failures`` (digest -> reason, all), ``seconds`` (``fetch`` and ``load``
-    durations since the last report), ``eviction_cost_s`` (what one more adapter would cost later requests)."""
+    durations since the last report), ``eviction_cost_s`` (what one more adapter would cost later requests), ``queues``
+    (``policy.admission.QueuesState``), ``waited`` ((queue, queueing delay in s) of requests admitted since the last
+    report), ``predictions`` (``policy.lengths.AccuracySnapshot``)."""
 
     def reset(self) -> None:
         self.data = {}
@@ -25,6 +27,7 @@ class AdapterStats(KVConnectorStats):
         data = {**self.data, **other.data}
         data["tiers"] = {**self.data.get("tiers", {}), **other.data.get("tiers", {})}
         mine, theirs = self.data.get("seconds", {}), other.data.get("seconds", {})
+        data["waited"] = [*self.data.get("waited", []), *other.data.get("waited", [])]
         data["seconds"] = {what: mine.get(what, []) + theirs.get(what, []) for what in {*mine, *theirs}}
         return AdapterStats(data=data)
 
@@ -64,4 +67,7 @@ class StatsReporter:
         self._tiers = tiers
         seconds, self._memory.seconds = self._memory.seconds, []
         report["seconds"] = {what: [s for kind, s in seconds if kind == what] for what in ("fetch", "load")}
+        report["waited"], self._memory.waited = self._memory.waited, []
+        report["queues"] = asdict(self._memory.policy.queues.state())
+        report["predictions"] = asdict(self._memory.accuracy.snapshot())
         return AdapterStats(data=report)
