@@ -19,7 +19,7 @@ from chameleon_ray.demo import DemoPaths
 from chameleon_ray.engine.paged.memory import AdapterMemory
 from chameleon_ray.engine.paged.options import PagedSettings, paged_arguments
 
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 MIB = 1 << 20
 SETTINGS = PagedSettings(memory_share=0.5, host_bytes=48 * MIB, max_rank=128, retry_after_s=0.2, readers=2)
 """Small on purpose: neither the share of the 128 blocks nor the host memory holds the demo's 24 adapters (78 MB)."""
