@@ -200,8 +200,9 @@ class Replica:
 
     def _count_predictions(self) -> None:
         for source, total in self._engine.length_predictions().items():
-            metrics.LENGTH_PREDICTIONS.counter().inc(total - self._num_predictions[source], tags={"source": source})
-            self._num_predictions[source] = total
+            if total > self._num_predictions[source]:  # Ray's counters refuse 0.
+                metrics.LENGTH_PREDICTIONS.counter().inc(total - self._num_predictions[source], tags={"source": source})
+                self._num_predictions[source] = total
 
     def _report(self) -> ReplicaReport:
         return ReplicaReport(
