@@ -1,5 +1,7 @@
 """The replica's policy inside vLLM's scheduler."""
 
+from pathlib import Path
+
 import pytest
 from engine_harness import PagedEngine, Reference
 from vllm.sampling_params import StructuredOutputsParams
@@ -38,8 +40,10 @@ def test_structured_output_waits_for_its_grammar_at_its_place(engine: PagedEngin
     assert all(len(text) == 4 and text.isdigit() for text in texts), texts
 
 
-def test_predictions_are_learned_from_what_was_served(engine: PagedEngine, demo: DemoPaths) -> None:
-    adapter = engine.adapter(demo.adapters / demo.adapter_names()[2])
+def test_predictions_are_learned_from_what_was_served(engine: PagedEngine, demo: DemoPaths, tmp_path: Path) -> None:
+    folder = tmp_path / "no other test has used it"
+    folder.symlink_to(demo.adapters / demo.adapter_names()[2])
+    adapter = engine.adapter(folder)
     served = engine.memory.accuracy.num_requests
     for _ in range(6):
         engine.finish([engine.add(PROMPT, adapter, max_tokens=5)])
