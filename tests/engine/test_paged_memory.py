@@ -116,19 +116,27 @@ def test_request_waiting_for_a_large_adapter_is_not_starved_by_those_behind_it(
         return engine.add(PROMPT, engine.adapter(demo.adapters / used[i % 4]), max_tokens=10 + i % 7)
 
     live = [add(i) for i in range(16)]
-    engine.run(lambda: len(engine.scheduler.running) == 16)
-    stats = engine.memory.cache.stats()
-    assert stats.adapters_resident == 4 and stats.blocks_held + 17 > engine.memory.cache.config.max_blocks
-    waiting = engine.add(PROMPT, engine.adapter(demo.adapters / large[3]), max_tokens=1)
-    num_behind = 0
+    num_added = len(live)
 
-    def ended() -> bool:
-        nonlocal num_behind
+    def refill() -> None:
+        nonlocal num_added
         for request in [request for request in live if engine.outcomes[request].finish_reason]:
             live.remove(request)
-            live.append(add(num_behind))
-            num_behind += 1
-        assert num_behind < 200, "it waits while all that came after it is served"
+            live.append(add(num_added))
+            num_added += 1
+
+    def all_resident() -> bool:
+        refill()
+        return engine.memory.cache.stats().adapters_resident == 4
+
+    engine.run(all_resident)
+    assert engine.memory.cache.stats().blocks_held + 17 > engine.memory.cache.config.max_blocks
+    waiting = engine.add(PROMPT, engine.adapter(demo.adapters / large[3]), max_tokens=1)
+    num_before = num_added
+
+    def ended() -> bool:
+        refill()
+        assert num_added < num_before + 200, "it waits while all that came after it is served"
         return engine.outcomes[waiting].finish_reason is not None
 
     engine.run(ended)
