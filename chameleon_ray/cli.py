@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from chameleon_ray.bench import serve as bench_serve
+from chameleon_ray.bench.calibrate import run as bench_calibrate
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,6 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     load.set_defaults(run=bench_serve.run)
     engine = benches.add_parser("engine", help="one engine: vLLM's slots, adapters in KV memory, base model")
     engine.set_defaults(run=_bench_engine)
+    calibrate = commands.add_parser("calibrate", help="measure an engine and write a cost model for the simulator")
+    bench_calibrate.add_arguments(calibrate)
+    calibrate.set_defaults(run=lambda arguments: _told(lambda: bench_calibrate.run(arguments)))
     _add_simulations(commands)
     _add_training(commands)
     for bench in (local, policy, engine):

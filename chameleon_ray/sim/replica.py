@@ -25,8 +25,6 @@ from chameleon_ray.sim.workload import SimRequest
 
 _PASS_INTERVAL_S = 0.05
 """How long decisions may rest while nothing has happened that could change them."""
-_WATERMARK_SHARE = 0.01
-"""Of the pool, kept free when a request joins others, as vLLM does, so that running requests can grow."""
 
 Outcome = Literal["finished", "refused", "lost"]
 
@@ -98,7 +96,7 @@ class SimReplica:
         self.busy_s = 0.0
         self.alive = True
         self.host_link = Link(costs.links.host_bytes_s, costs.links.overhead_s)
-        self.disk_link = Link(costs.links.disk_bytes_s)
+        self.disk_link = Link(costs.links.disk_bytes_s, costs.links.disk_overhead_s)
         self.source_link = Link(costs.links.source_bytes_s)
         self._predictor = predictor
         self._ended = ended
@@ -153,7 +151,7 @@ class SimReplica:
         adapter = request.adapter
         if self._blocks(request.num_prompt_tokens + request.num_output_tokens) + (
             self.costs.adapter_blocks(adapter.size_bytes) if adapter else 0
-        ) > int(self.costs.memory.pool_blocks * (1 - _WATERMARK_SHARE)):
+        ) > int(self.costs.memory.pool_blocks * (1 - self.costs.limits.watermark_share)):
             self._leave(job, "refused", now_s)
             return ()
         job.num_predicted_tokens = self._predictor.predict(_features(request))
@@ -215,17 +213,22 @@ class SimReplica:
             if job.grow_step == number:
                 self._grow(job, now_s, events)
         num_tokens, context, token_ranks = self._num_decoding, self._decode_context, self._decode_ranks
+        num_requests, attended = self._num_decoding, float(self._decode_context)
         budget = max(0, self.costs.limits.max_step_tokens - num_tokens)
         for job in self._prefilling.values():
             chunk = min(budget, job.prefill_left)
             if chunk == 0:
                 break
-            context += job.prefill_tokens - job.prefill_left
+            computed = job.prefill_tokens - job.prefill_left
+            context += computed
+            attended += chunk * (computed + (chunk + 1) / 2)
+            num_requests += 1
             token_ranks += chunk * job.rank
             num_tokens += chunk
             budget -= chunk
             job.prefill_left -= chunk
-        duration_s = self.costs.step_s(num_tokens, context, token_ranks, self._batch_adapter_bytes)
+        adapter_bytes = self._batch_adapter_bytes
+        duration_s = self.costs.step_s(num_tokens, context, token_ranks, adapter_bytes, num_requests, attended)
         self.busy_s += duration_s
         self._stepping = True
         events.append((now_s + duration_s, self._end_step))
@@ -276,7 +279,7 @@ class SimReplica:
         limits = self.costs.limits
         due = len(self._grows_at.get(self.num_steps + 1, ()))
         budget = limits.max_step_tokens - self._num_decoding - sum(j.prefill_left for j in self._prefilling.values())
-        watermark = int(self.costs.memory.pool_blocks * _WATERMARK_SHARE)
+        watermark = int(self.costs.memory.pool_blocks * self.costs.limits.watermark_share)
         policy.begin_step(now_s)
         while len(self.batch) < limits.max_running and (request := policy.peek()) is not None:
             if budget <= 0:
