@@ -87,6 +87,16 @@ class RequestQueues:
         """Requests admitted and not ended."""
         return len(self._set.running)
 
+    @property
+    def settled(self) -> bool:
+        """Whether nobody waits and nothing of the last step lingers: steps change nothing until ``refresh_at_s``."""
+        return not self.num_waiting and not any(queue.stuck for queue in self._set.queues)
+
+    @property
+    def refresh_at_s(self) -> float:
+        """When the next refresh by time is due; infinite before the first one."""
+        return self._refresh_at_s
+
     def add(self, request: QueuedRequest, now_s: float) -> None:
         """A request arrives. Raises QueueError for an id that is in use."""
         if request.request_id in self:

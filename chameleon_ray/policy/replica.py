@@ -235,6 +235,11 @@ class ReplicaPolicy:
         self._blocked, self._changed, self._planned_at_s = plan.blocked, False, now_s
         return plan
 
+    def quiet_until_s(self) -> float:
+        """Until when steps would decide nothing, provided that nothing happens before; in the past: they might."""
+        quiet = not self._changed and self._blocked is None and self.cache.settled and self.queues.settled
+        return self.queues.refresh_at_s if quiet else float("-inf")
+
     def make_room(self, num_blocks: int, now_s: float, *, for_request: str = "", or_nothing: bool = False) -> Plan:
         """Evictions, committed, that give ``num_blocks`` to the KV cache, or as many as idle adapters hold.
 

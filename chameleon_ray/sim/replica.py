@@ -4,10 +4,14 @@ A step decodes one token for every request whose prompt is computed, and spends 
 (chunked prefill), oldest admission first. Decoding costs the simulator nothing per request: the step at which a request
 needs its next KV block, and the one at which it ends, are known when its prompt is done. As vLLM does, memory that runs
 out is first taken from idle adapters, then from the request admitted last (preempted, to be computed again).
+
+Steps between which nothing is decided are one event, a span: no prompt is computed, nobody ends before its last step,
+memory suffices, and the policy is not to be asked. What happens during a span cuts it at the end of the step under way.
 """
 
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -26,7 +30,7 @@ from chameleon_ray.sim.workload import SimRequest
 _PASS_INTERVAL_S = 0.05
 """How long decisions may rest while nothing has happened that could change them."""
 
-Outcome = Literal["finished", "refused", "lost"]
+Outcome = Literal["finished", "refused", "lost", "aborted"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,7 @@ class Job:
     """A request at a replica, and what became of it. Times are None until they happen.
 
     generated: tokens given so far. prefill_tokens, prefill_left: tokens to compute before the next one (after a
-    preemption, those given so far as well). end_step, grow_step: numbers of steps.
+    preemption, those given so far as well). end_step, grow_step: numbers of steps. admission: its place among all.
     """
 
     request: SimRequest
@@ -67,6 +71,7 @@ class Job:
     end_step: int = 0
     grow_step: int = 0
     num_preemptions: int = 0
+    admission: int = 0
 
     @property
     def rank(self) -> int:
@@ -107,6 +112,8 @@ class SimReplica:
         self._held_blocks = 0
         self._kv_blocks = 0
         self._prefilling: dict[str, Job] = {}
+        self._chunks: list[tuple[Job, int]] = []
+        self._num_admitted = 0
         self._num_decoding = 0
         self._decode_context = 0
         self._decode_ranks = 0
@@ -115,6 +122,8 @@ class SimReplica:
         self._ends_at: defaultdict[int, list[Job]] = defaultdict(list)
         self._grows_at: defaultdict[int, list[Job]] = defaultdict(list)
         self._stepping = self._dirty = False
+        self._step_ends_s: list[float] = []
+        self._step_durations_s: list[float] = []
         self._stalled_by: set[str] = set()
         self._may_stall = True
         self._next_pass_s = 0.0
@@ -127,8 +136,13 @@ class SimReplica:
         return self.costs.memory.pool_blocks - self._kv_blocks - self._held_blocks
 
     def kv_blocks(self, request_id: str) -> int:
-        """Blocks of a running request's KV cache."""
-        return self.batch[request_id].kv_blocks
+        """Blocks of a running request's KV cache; as in the engine, those that it has computed."""
+        job = self.batch[request_id]
+        if self.mode.reserve_outputs:
+            return job.kv_blocks
+        if request_id in self._prefilling:
+            return self._blocks(job.prefill_tokens - job.prefill_left)
+        return self._blocks(job.prefill_tokens + self.num_steps + 1 - job.first_decode_step)
 
     # What happens from outside
 
@@ -158,6 +172,16 @@ class SimReplica:
         queued = QueuedRequest(request.request_id, request.num_prompt_tokens, job.num_predicted_tokens, adapter)
         self.jobs[request.request_id] = job
         job.hit = self.policy.arrive(queued, now_s)
+        self._dirty = True
+        return self._wake(now_s)
+
+    def abort(self, request_id: str, now_s: float) -> Iterable[Event]:
+        """The client gives a request up, waiting or running. KeyError for one that is not here."""
+        job = self.jobs.pop(request_id)
+        if request_id in self.batch:
+            self._take_out(job)
+        self.policy.remove(request_id, now_s)
+        self._leave(job, "aborted", now_s)
         self._dirty = True
         return self._wake(now_s)
 
@@ -195,52 +219,110 @@ class SimReplica:
     # Steps
 
     def _wake(self, now_s: float) -> Iterable[Event]:
-        if self._stepping or self._stalled_by or not self.alive:
+        if self._stalled_by or not self.alive:
             return ()
-        return self._begin_step(now_s)
+        if not self._stepping:
+            return self._begin_step(now_s)
+        last = bisect_left(self._step_ends_s, now_s)
+        if last + 1 >= len(self._step_ends_s):
+            return ()
+        del self._step_ends_s[last + 1 :]
+        return [(self._step_ends_s[last], self._end_steps)]
 
     def _begin_step(self, now_s: float) -> Iterable[Event]:
+        """In vLLM's order: squashes, memory for those that run, admissions, loads."""
         events: list[Event] = []
+        resting: tuple[str, ...] | None = None
         if self._dirty or now_s >= self._next_pass_s:
-            self._decide(now_s, events)
+            resting = self._begin_decisions(now_s)
+        num_preempted = self._go_on(now_s, events)
+        if resting is not None:
+            self._decide(now_s, events, resting, may_admit=not num_preempted)
             if self._stalled_by:
                 return events
         if not self.batch:
             events += self._poll(now_s)
             return events
-        number = self.num_steps + 1
-        for job in self._grows_at.pop(number, ()):
-            if job.grow_step == number:
-                self._grow(job, now_s, events)
         num_tokens, context, token_ranks = self._num_decoding, self._decode_context, self._decode_ranks
-        num_requests, attended = self._num_decoding, float(self._decode_context)
-        budget = max(0, self.costs.limits.max_step_tokens - num_tokens)
-        for job in self._prefilling.values():
-            chunk = min(budget, job.prefill_left)
-            if chunk == 0:
-                break
+        attended = float(self._decode_context)
+        for job, chunk in self._chunks:
             computed = job.prefill_tokens - job.prefill_left
             context += computed
             attended += chunk * (computed + (chunk + 1) / 2)
-            num_requests += 1
             token_ranks += chunk * job.rank
             num_tokens += chunk
-            budget -= chunk
             job.prefill_left -= chunk
-        adapter_bytes = self._batch_adapter_bytes
-        duration_s = self.costs.step_s(num_tokens, context, token_ranks, adapter_bytes, num_requests, attended)
-        self.busy_s += duration_s
+        num_requests = self._num_decoding + len(self._chunks)
+        duration_s = self.costs.step_s(
+            num_tokens, context, token_ranks, self._batch_adapter_bytes, num_requests, attended
+        )
+        self._step_durations_s = [duration_s]
+        self._step_ends_s = [now_s + duration_s]
+        if not self._prefilling:
+            self._extend_span()
         self._stepping = True
-        events.append((now_s + duration_s, self._end_step))
+        events.append((self._step_ends_s[-1], self._end_steps))
         return events
 
-    def _end_step(self, now_s: float) -> Iterable[Event]:
-        if not self.alive:
-            return ()
+    def _go_on(self, now_s: float, events: list[Event]) -> int:
+        """KV blocks for what the next step computes of requests that run, oldest admission first; their prompts' chunks.
+
+        Returns how many were preempted for it.
+        """
+        number = self.num_steps + 1
+        growing = [job for job in self._grows_at.pop(number, ()) if job.grow_step == number]
+        num_preempted = 0
+        for job in sorted(growing, key=_admission):
+            num_preempted += self._grow(job, 1, now_s, events) if job.grow_step == number else 0
+        self._chunks = []
+        budget = self.costs.limits.max_step_tokens - self._num_decoding
+        for job in list(self._prefilling.values()):
+            chunk = min(budget, job.prefill_left)
+            if chunk <= 0 or job.request.request_id not in self.batch:
+                break
+            num_blocks = self._blocks(job.prefill_tokens - job.prefill_left + chunk) - job.kv_blocks
+            num_preempted += self._grow(job, num_blocks, now_s, events)
+            if job.request.request_id in self.batch:
+                self._chunks.append((job, chunk))
+                budget -= chunk
+        return num_preempted
+
+    def _extend_span(self) -> None:
+        """Add the steps that follow the first one until something may have to be decided."""
+        if self._dirty or self.mode.check_every:
+            return
+        quiet_until_s = self.policy.quiet_until_s()
+        num_tokens, context, ranks = self._num_decoding, self._decode_context, self._decode_ranks
+        adapter_bytes = self._batch_adapter_bytes
+        free_blocks, number, end_s = self.free_blocks(), self.num_steps + 1, self._step_ends_s[0]
+        # In so many steps no request grows twice: those that grow in them are known.
+        for following in range(number + 1, number + self.costs.memory.block_tokens):
+            if end_s >= self._next_pass_s:
+                if end_s >= quiet_until_s:
+                    return
+                self._next_pass_s = end_s + _PASS_INTERVAL_S
+            free_blocks -= len(self._grows_at.get(following, ()))
+            if following - 1 in self._ends_at or free_blocks < 0:
+                return
+            context += num_tokens
+            duration_s = self.costs.step_s(num_tokens, context, ranks, adapter_bytes, num_tokens, context)
+            end_s += duration_s
+            self._step_durations_s.append(duration_s)
+            self._step_ends_s.append(end_s)
+
+    def _end_steps(self, now_s: float) -> Iterable[Event]:
+        if not self.alive or not self._stepping or now_s != self._step_ends_s[-1]:
+            return ()  # the replica died, or the span was cut and has ended before
         self._stepping = False
         self._may_stall = True
-        self.num_steps += 1
-        self._decode_context += self._num_decoding
+        for place, duration_s in enumerate(self._step_durations_s[: len(self._step_ends_s)]):
+            self.num_steps += 1
+            self.busy_s += duration_s
+            self._decode_context += self._num_decoding
+            if place:
+                for job in self._grows_at.pop(self.num_steps, ()):
+                    if job.grow_step == self.num_steps:
+                        self._take_blocks(job, 1)
         for job in self._ends_at.pop(self.num_steps, ()):
             if job.end_step == self.num_steps:
                 self._finish(job, now_s)
@@ -269,35 +351,46 @@ class SimReplica:
         self._polling = False
         return self._wake(now_s)
 
-    def _decide(self, now_s: float, events: list[Event]) -> None:
-        """The policy's part of a step: squashes, admissions, loads."""
-        policy = self.policy
+    def _begin_decisions(self, now_s: float) -> tuple[str, ...]:
+        """Squashes, and the beginning of a step for the policy; returns who was squashed."""
         self._dirty = False
         self._next_pass_s = now_s + _PASS_INTERVAL_S
-        for request_id in policy.squashes():
+        squashed = self.policy.squashes()
+        for request_id in squashed:
             self._preempt(self.batch[request_id], now_s, squashed=True)
-        limits = self.costs.limits
-        due = len(self._grows_at.get(self.num_steps + 1, ()))
-        budget = limits.max_step_tokens - self._num_decoding - sum(j.prefill_left for j in self._prefilling.values())
-        watermark = int(self.costs.memory.pool_blocks * self.costs.limits.watermark_share)
-        policy.begin_step(now_s)
-        while len(self.batch) < limits.max_running and (request := policy.peek()) is not None:
-            if budget <= 0:
-                self._dirty = True
-                break
-            job = self.jobs[request.request_id]
-            num_blocks = self._blocks_to_start(job)
-            short = num_blocks + due + (watermark if self.batch else 0) - self.free_blocks()
+        self.policy.begin_step(now_s)
+        return squashed
+
+    def _decide(self, now_s: float, events: list[Event], resting: Collection[str], may_admit: bool) -> None:
+        """The policy's part of a step: admissions and loads. resting: who must wait for the next step."""
+        policy, limits = self.policy, self.costs.limits
+        budget = limits.max_step_tokens - self._num_decoding - sum(chunk for _, chunk in self._chunks)
+        watermark = int(self.costs.memory.pool_blocks * limits.watermark_share)
+        while may_admit and (request := policy.peek()) is not None:
+            request_id = request.request_id
+            if request_id in resting:
+                policy.pass_over(request_id, Obstacle.NOT_READY)
+                continue
+            job = self.jobs[request_id]
+            num_tokens = job.request.num_prompt_tokens + job.generated
+            num_blocks = self._blocks_to_start(job, num_tokens)
+            short = num_blocks + (watermark if self.batch else 0) - self.free_blocks()
             if short > 0:
-                plan = policy.make_room(short, now_s, for_request=request.request_id, or_nothing=True)
+                plan = policy.make_room(short, now_s, for_request=request_id, or_nothing=True)
                 self._carry_out(plan, now_s, events)
                 if plan.freed_blocks < short:
-                    policy.pass_over(request.request_id, Obstacle.NO_MEMORY)
+                    policy.pass_over(request_id, Obstacle.NO_MEMORY)
                     continue
-            policy.admit(request.request_id, now_s)
-            self._admit(job, num_blocks, now_s)
-            budget -= job.prefill_left
-        plan = policy.end_step(now_s, reserved_blocks=len(self.batch))
+            if len(self.batch) >= limits.max_running or budget <= 0:  # vLLM looks at memory before this, too.
+                self._dirty |= budget <= 0
+                break
+            policy.admit(request_id, now_s)
+            chunk = min(budget, num_tokens)
+            self._admit(job, num_blocks if self.mode.reserve_outputs else self._blocks(chunk), now_s)
+            self._chunks.append((job, chunk))
+            budget -= chunk
+        prompt_blocks = sum(max(0, self._blocks(j.prefill_tokens) - j.kv_blocks) for j in self._prefilling.values())
+        plan = policy.end_step(now_s, reserved_blocks=len(self.batch) + prompt_blocks)
         self._carry_out(plan, now_s, events)
         if self.mode.blocking_loads and (self._may_stall or not self.batch):
             self._stalled_by.update(plan.load[: len(plan.load) - plan.num_prefetch])
@@ -306,6 +399,8 @@ class SimReplica:
     def _admit(self, job: Job, num_blocks: int, now_s: float) -> None:
         if job.admitted_s is None:
             job.admitted_s = now_s
+        self._num_admitted += 1
+        job.admission = self._num_admitted
         job.prefill_tokens = job.prefill_left = job.request.num_prompt_tokens + job.generated
         job.kv_blocks = num_blocks
         self._kv_blocks += num_blocks
@@ -340,17 +435,24 @@ class SimReplica:
         if job.grow_step <= job.end_step:
             self._grows_at[job.grow_step].append(job)
 
-    def _grow(self, job: Job, now_s: float, events: list[Event]) -> None:
-        """One more KV block, from idle adapters or from whoever was admitted last if need be."""
+    def _grow(self, job: Job, num_blocks: int, now_s: float, events: list[Event]) -> int:
+        """More KV blocks, from idle adapters or from whoever was admitted last if need be; how many were preempted."""
         request_id = job.request.request_id
-        while request_id in self.batch and self.free_blocks() < 1:
-            plan = self.policy.make_room(1, now_s, for_request=request_id)
+        num_preempted = 0
+        while request_id in self.batch and (short := num_blocks - self.free_blocks()) > 0:
+            plan = self.policy.make_room(short, now_s, for_request=request_id)
             self._carry_out(plan, now_s, events)
             if not plan.evict:
                 self._preempt(next(reversed(self.batch.values())), now_s)
-        if request_id in self.batch:
-            job.kv_blocks += 1
-            self._kv_blocks += 1
+                num_preempted += 1
+        if request_id in self.batch and num_blocks > 0:
+            self._take_blocks(job, num_blocks)
+        return num_preempted
+
+    def _take_blocks(self, job: Job, num_blocks: int) -> None:
+        job.kv_blocks += num_blocks
+        self._kv_blocks += num_blocks
+        if job.request.request_id not in self._prefilling:
             self._plan_growth(job)
 
     def _preempt(self, job: Job, now_s: float, squashed: bool = False) -> None:
@@ -437,8 +539,7 @@ class SimReplica:
     def _blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.costs.memory.block_tokens)
 
-    def _blocks_to_start(self, job: Job) -> int:
-        num_tokens = job.request.num_prompt_tokens + job.generated
+    def _blocks_to_start(self, job: Job, num_tokens: int) -> int:
         if self.mode.reserve_outputs:
             num_tokens = max(num_tokens, job.request.num_prompt_tokens + job.num_predicted_tokens)
         return self._blocks(num_tokens)
@@ -448,6 +549,10 @@ class SimReplica:
             f"{self._kv_blocks} blocks of KV cache and {self._held_blocks} of adapters in a pool of "
             f"{self.costs.memory.pool_blocks}"
         )
+
+
+def _admission(job: Job) -> int:
+    return job.admission
 
 
 def _features(request: SimRequest) -> LengthFeatures:
