@@ -323,7 +323,7 @@ class SimReplica:
                 for job in self._grows_at.pop(self.num_steps, ()):
                     if job.grow_step == self.num_steps:
                         self._take_blocks(job, 1)
-        for job in self._ends_at.pop(self.num_steps, ()):
+        for job in sorted(self._ends_at.pop(self.num_steps, ()), key=_admission):
             if job.end_step == self.num_steps:
                 self._finish(job, now_s)
         done = []

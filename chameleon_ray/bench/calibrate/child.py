@@ -11,7 +11,7 @@ from vllm.platforms import current_platform
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.version import __version__ as vllm_version
 
-from chameleon_ray.bench.calibrate.live import LiveAdapter, LiveEngine
+from chameleon_ray.bench.calibrate.live import CLOCKS, LiveAdapter, LiveEngine
 from chameleon_ray.bench.calibrate.measure import measure_loads, measure_steps, serve_workload, some_adapters
 from chameleon_ray.bench.calibrate.measured import CalibrationError, Effort, Measured
 from chameleon_ray.engine.paged.options import PagedSettings, paged_arguments
@@ -110,7 +110,7 @@ def _main() -> int:
     given = parser.parse_args()
     task = pickle.loads(given.task.read_bytes())
     show_progress("starting the engine", 0.0)
-    engine = LiveEngine(start_engine(**task["engine"]), task["seed"])
+    engine = LiveEngine(start_engine(**task["engine"]), task["seed"], CLOCKS[task["clock"]]())
     try:
         answer: Measured | CalibrationError = measure(engine, task["folders"], task["effort"], task["seed"])
     except CalibrationError as error:

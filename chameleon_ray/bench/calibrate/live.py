@@ -1,7 +1,6 @@
 """A vLLM engine with adapters in KV memory, in this process: driven step by step, every step timed."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -19,6 +18,35 @@ from chameleon_ray.engine.paged.memory import AdapterMemory
 
 _FIRST_NUMBER = 100_000
 """LoRA numbers from here on, so that those of somebody who drives the engine as well stay free."""
+
+
+class WallClock:
+    """Seconds as they pass."""
+
+    def __call__(self) -> float:
+        return time.perf_counter()
+
+    def wait(self, seconds: float) -> None:
+        """Nothing to do for so long."""
+        time.sleep(max(0.0, seconds))
+
+
+class CpuClock:
+    """CPU seconds of this process, and the time that it chose to wait: what a machine of its own would show, as far as
+    one thread computes. Other processes cannot stop this clock, only slow it through shared caches."""
+
+    def __init__(self) -> None:
+        self._waited_s = 0.0
+
+    def __call__(self) -> float:
+        return time.process_time() + self._waited_s
+
+    def wait(self, seconds: float) -> None:
+        """Nothing to do for so long: it has passed at once."""
+        self._waited_s += max(0.0, seconds)
+
+
+CLOCKS: dict[str, type[WallClock] | type[CpuClock]] = {"wall": WallClock, "cpu": CpuClock}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +82,12 @@ class Request:
 class LiveEngine:
     """``step`` does one engine step and notes how long it took."""
 
-    def __init__(self, llm: LLMEngine, seed: int = 0, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, llm: LLMEngine, seed: int = 0, clock: WallClock | CpuClock | None = None) -> None:
         """llm: in this process (``VLLM_ENABLE_V1_MULTIPROCESSING=0``), with ``paged_arguments``."""
         self.llm = llm
         self.steps: list[tuple[Composition, float]] = []
         self._core: Any = llm.engine_core.engine_core
-        self._clock = clock
+        self._clock = clock or WallClock()
         self._rng = Random(seed)
         self._vocabulary = self.config.model_config.get_vocab_size()
         self._requests: dict[str, Request] = {}
@@ -94,6 +122,10 @@ class LiveEngine:
     def now_s(self) -> float:
         """Seconds on the clock that everything here is timed by."""
         return self._clock()
+
+    def wait(self, seconds: float) -> None:
+        """Nothing happens for so long."""
+        self._clock.wait(seconds)
 
     def adapter(self, folder: Path) -> LiveAdapter:
         """An adapter with the weights in ``folder``, as content that the engine has not seen: on disk only.

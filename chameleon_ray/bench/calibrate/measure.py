@@ -5,7 +5,6 @@ several times, spread over the whole time; medians are taken, and the fastest te
 """
 
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -165,7 +164,7 @@ def serve_workload(
         if engine.llm.has_unfinished_requests():
             engine.step()
         else:
-            time.sleep(max(0.0, todo[len(requests)].arrival_s - now_s))
+            engine.wait(todo[len(requests)].arrival_s - now_s)
         progress("workload", len(requests) / len(todo))
     engine.steps.clear()
     return [
