@@ -11,6 +11,8 @@ from chameleon_ray.sim.costs import FitError, StepCosts
 _ROUNDS = 50
 _ROOFLINE_GAIN = 0.98
 """A bend is believed only if it lowers the error by more than this: two roofs fit noise better than one."""
+_LEAST_S_PER_BYTE = 1e-11
+"""Where time does not grow with the bytes at all, 100 GB/s are assumed."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -106,7 +108,7 @@ def fit_transfer(measured: Iterable[tuple[int, float]]) -> tuple[float, float]:
         raise FitFailed(f"transfers of {len(sizes)} size(s): a bandwidth needs adapters of two sizes at least")
     num_bytes, seconds = np.array(pairs).T
     per_byte, fixed = nnls(np.stack([num_bytes, np.ones(len(pairs))], 1) / seconds[:, None], np.ones(len(pairs)))
-    return float(1 / max(per_byte, 1e-15)), float(fixed)
+    return float(1 / max(per_byte, _LEAST_S_PER_BYTE)), float(fixed)
 
 
 def step_seconds(costs: StepCosts, point: StepPoint) -> float:
