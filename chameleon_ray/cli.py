@@ -57,8 +57,10 @@ def _add_simulations(commands: Any) -> None:
     )
     grid = kinds.add_parser("run", help="one scenario, or a grid of them, from a YAML file")
     grid.add_argument("scenario", type=Path, help="YAML file")
+    grid.add_argument("--plot", type=Path, metavar="FILE", help="also draw the figures there (.png, .svg, .pdf)")
     grid.set_defaults(run=_sim_run)
     paper = kinds.add_parser("paper", help="the published experiments: paper, ours, difference")
+    paper.add_argument("--plots", type=Path, metavar="FOLDER", help="also draw the paper's figures there")
     paper.set_defaults(run=_sim_paper)
     cluster = kinds.add_parser("cluster", help="routing policies on many replicas, side by side")
     cluster.add_argument("--replicas", type=int, default=8)
@@ -66,6 +68,7 @@ def _add_simulations(commands: Any) -> None:
     cluster.add_argument("--requests", type=int, default=20_000, help="in all, warm-up included")
     cluster.add_argument("--rate", type=float, default=5.0, help="requests per second and replica")
     cluster.add_argument("--seed", type=int, default=0)
+    cluster.add_argument("--plot", type=Path, metavar="FILE", help="also draw the figures there (.png, .svg, .pdf)")
     cluster.set_defaults(run=_sim_cluster)
     plan = commands.add_parser("plan", help="the fewest replicas that hold an SLO for a scenario's traffic")
     plan.add_argument("scenario", type=Path, help="YAML file, as for `sim run`")
@@ -139,13 +142,13 @@ def _bench_engine(arguments: argparse.Namespace) -> int:
 def _sim_run(arguments: argparse.Namespace) -> int:
     from chameleon_ray.sim.grid import run
 
-    return _told(lambda: run(arguments.scenario, arguments.json))
+    return _told(lambda: run(arguments.scenario, arguments.json, plot_path=arguments.plot))
 
 
 def _sim_paper(arguments: argparse.Namespace) -> int:
     from chameleon_ray.sim.paper import run
 
-    return _told(lambda: run(arguments.json))
+    return _told(lambda: run(arguments.json, plot_folder=arguments.plots))
 
 
 def _sim_cluster(arguments: argparse.Namespace) -> int:
@@ -162,7 +165,7 @@ def _sim_cluster(arguments: argparse.Namespace) -> int:
             adapters=AdapterMix(count=arguments.adapters),
         )
         scenario = ClusterScenario(workload=workload, num_replicas=arguments.replicas, seed=arguments.seed)
-        return run(scenario, json_path=arguments.json)
+        return run(scenario, json_path=arguments.json, plot_path=arguments.plot)
 
     return _told(simulate)
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from chameleon_ray.policy.adapter import Tier
 from chameleon_ray.policy.cache import State
 from chameleon_ray.policy.routing import LoadCosts
+from chameleon_ray.sim import plots
 from chameleon_ray.sim.costs import CostModel, Count, NotNegative, Positive, load_cost_model
 from chameleon_ray.sim.loop import Event
 from chameleon_ray.sim.loop import run as run_events
@@ -77,9 +78,15 @@ def run(
     routings: Iterable[str] = tuple(ROUTERS),
     json_path: Path | None = None,
     num_workers: int | None = None,
+    plot_path: Path | None = None,
 ) -> int:
-    """Simulate the scenario with each routing policy, print a table; the exit status. Raises CostModelError."""
+    """Simulate the scenario with each routing policy, print a table; the exit status. Raises CostModelError, PlotError.
+
+    json_path, plot_path: files that are written as well.
+    """
     names = list(routings)
+    if plot_path is not None:
+        plots.check_file(plot_path)
     load_cost_model(scenario.cost_model)
     results = map_tasks(simulate_cluster, [_with(scenario, name) for name in names], "simulating", num_workers)
     titles = ("TTFT P50", "P99", "hits", "loads/req", "copies", "imbalance", "retries")
@@ -87,11 +94,11 @@ def run(
     for name, r in zip(names, results, strict=True):
         cells = (r.ttft_p50_s, r.ttft_p99_s, r.hit_rate, r.loads_per_request, r.copies, r.imbalance, r.retries)
         print(f"{name:20}" + "".join(f"{cell:11.4g}" for cell in cells))
+    routing = dict(zip(names, map(asdict, results), strict=True))
+    if plot_path is not None:
+        plots.plot_cluster(routing, plot_path)
     if json_path is not None:
-        content = {
-            "scenario": scenario.model_dump(mode="json"),
-            "routing": dict(zip(names, map(asdict, results), strict=True)),
-        }
+        content = {"scenario": scenario.model_dump(mode="json"), "routing": routing}
         json_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return 0
 

@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from chameleon_ray.sim import plots
 from chameleon_ray.sim.costs import CostModel, load_cost_model
 from chameleon_ray.sim.parallel import map_tasks
 from chameleon_ray.sim.scenario import EngineSettings, PolicySettings, RunResult, Scenario, simulate
@@ -98,14 +99,23 @@ class Effort:
     rate_step: float = 0.1
 
 
-def run(json_path: Path | None = None, num_workers: int | None = None, effort: Effort | None = None) -> int:
-    """Run everything, print the table, write ``json_path`` when given; the exit status (0 whatever holds)."""
+def run(
+    json_path: Path | None = None,
+    num_workers: int | None = None,
+    effort: Effort | None = None,
+    plot_folder: Path | None = None,
+) -> int:
+    """Run everything, print the table, write ``json_path`` and plots when given; the exit status (0 whatever holds)."""
     effort = effort or Effort()
+    if plot_folder is not None:
+        plots.check_folder(plot_folder)
     rows, tables = reproduce(effort, num_workers)
     _print_rows(rows)
     _print_tables(tables)
+    content = {"rows": [_as_json(row) for row in rows], "tables": tables, "length_scale": LENGTH_SCALE, "slo_s": SLO_S}
+    if plot_folder is not None:
+        plots.plot_paper(content, plot_folder)
     if json_path is not None:
-        content = {"rows": [_as_json(row) for row in rows], "tables": tables, "length_scale": LENGTH_SCALE}
         json_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return 0
 
@@ -415,7 +425,7 @@ def _tables(found: dict[Experiment, Figures], highest: dict[_Search, float]) -> 
         "P99 TTFT in s by rank 8/16/32/64/128, cache only, medium load": {
             name: list(figures.by_rank) for name, figures in evictions.items()
         },
-        "P99 TTFT in s at 9.5/s by number of adapters": {
+        f"P99 TTFT in s at 9.5/s by number of adapters {'/'.join(map(str, _ADAPTER_COUNTS))}": {
             f"{system}, {popularity}": [
                 found[Experiment(system, 9.5, num_adapters=count, popularity=popularity)].ttft_p99_s
                 for count in _ADAPTER_COUNTS
@@ -431,6 +441,10 @@ def _tables(found: dict[Experiment, Figures], highest: dict[_Search, float]) -> 
             for ranks in _POPULARITIES
             for popularity in _POPULARITIES
         },
+        "P99 TTFT in s by queues, load medium/high": {
+            name: [found[Experiment("Chameleon", LOADS[load], variant)].ttft_p99_s for load in ("medium", "high")]
+            for name, variant in _QUEUES.items()
+        },
         "P99 TTFT in s by predictor accuracy 60/80/100%": {
             name: [
                 found[Experiment("Chameleon", rate, _variant(predictor_accuracy=accuracy), bursts=bursts)].ttft_p99_s
@@ -441,6 +455,12 @@ def _tables(found: dict[Experiment, Figures], highest: dict[_Search, float]) -> 
     }
 
 
+_QUEUES = {
+    "dynamic": _variant(),
+    "static": _variant(scheduling="static"),
+    "summed WRS": _variant(size_form="sum"),
+    "least WCSS": _variant(k_rule="min_wcss"),
+}
 _POPULARITIES: tuple[Literal["uniform", "power_law"], ...] = ("uniform", "power_law")
 
 

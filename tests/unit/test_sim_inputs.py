@@ -9,7 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from chameleon_ray.sim.costs import CostModelError, load_cost_model
-from chameleon_ray.sim.scenario import Scenario
+from chameleon_ray.sim.grid import load_grid
+from chameleon_ray.sim.scenario import Scenario, simulate
 from chameleon_ray.sim.workload import (
     AdapterMix,
     Bursts,
@@ -164,3 +165,22 @@ def test_drift_moves_popularity_on():
 
     assert favourite(0, 50) == adapters[0].digest
     assert favourite(50, 100) == adapters[1].digest
+
+
+def test_the_example_scenario_runs_and_its_commented_settings_exist(tmp_path):
+    example = Path(__file__).parents[2] / "docs" / "scenarios" / "example.yaml"
+    points = load_grid(example)
+    assert len(points) == 4
+    workload = points[0].scenario.workload.model_copy(update={"duration_s": 12.0, "warmup_s": 2.0})
+    result = simulate(points[0].scenario.model_copy(update={"workload": workload}))
+    assert result.summary()["finished"] == result.summary()["requests"] > 0
+
+    trace = tmp_path / "azure_llm_conv_2023.csv"
+    trace.write_text(HEAD + "2023-11-16 18:00:01.5,100,20\n2023-11-16 18:00:02.5,50,10\n")
+    without_bursts = "".join(line for line in example.read_text().splitlines(True) if "bursts:" not in line)
+    uncommented = without_bursts.replace("# trace: ", f"trace: {tmp_path}/").replace("# trace_arr", "trace_arr")
+    scenario = tmp_path / "scenario.yaml"
+    scenario.write_text(uncommented.replace("# predictor_acc", "predictor_acc"))
+    point = load_grid(scenario)[0].scenario
+    assert point.workload.trace_arrivals and point.policy.predictor_accuracy == 0.8
+    assert {request.num_prompt_tokens for request in generate(point.workload, [], 1000, 0)} == {34, 17}
