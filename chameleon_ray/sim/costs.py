@@ -8,8 +8,8 @@ batch takes
                + attention_s * sum over tokens of the tokens that each attends to
                + token_rank_s * sum over tokens of their adapter's rank + adapter_read_s * bytes of distinct adapters
 
-a roofline: reading weights and KV cache, or arithmetic, whichever is longer; then attention's own arithmetic and the LoRA
-kernels. ``overhead_s`` and ``request_s`` are the host's time.
+a roofline: reading weights and KV cache, or arithmetic, whichever is longer; then attention's own arithmetic and the
+LoRA kernels. ``overhead_s`` and ``request_s`` are the host's time.
 """
 
 from importlib import resources

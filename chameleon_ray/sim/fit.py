@@ -74,13 +74,15 @@ def fit_step(points: Sequence[StepPoint]) -> tuple[StepCosts, FitError]:
     """
     tokens = np.array([point.tokens for point in points], float)
     if len(points) < 8 or len(set(tokens)) < 3:
-        raise FitFailed(f"{len(points)} kinds of step with {len(set(tokens))} numbers of tokens: that fits no cost model")
+        raise FitFailed(
+            f"{len(points)} kinds of step with {len(set(tokens))} numbers of tokens: that fits no cost model"
+        )
     best = _fit_under(points, np.zeros(len(points), bool))
     for bound in np.unique(np.quantile(tokens, (0.2, 0.35, 0.5, 0.65, 0.8))):
         reading = tokens <= bound
         for _ in range(_ROUNDS):
             costs = _fit_under(points, reading)
-            if _mean_error(costs, points) < _ROOFLINE_GAIN * _mean_error(best, points):
+            if _root_mean_square(costs, points) + 1e-6 < _ROOFLINE_GAIN * _root_mean_square(best, points):
                 best = costs
             assigned = np.array([_reads(costs, point) for point in points])
             if (assigned == reading).all():
@@ -153,5 +155,5 @@ def _errors(costs: StepCosts, points: Sequence[StepPoint]) -> Floats:
     return np.array([abs(step_seconds(costs, point) / point.seconds - 1) for point in points])
 
 
-def _mean_error(costs: StepCosts, points: Sequence[StepPoint]) -> float:
+def _root_mean_square(costs: StepCosts, points: Sequence[StepPoint]) -> float:
     return float((_errors(costs, points) ** 2).mean() ** 0.5)

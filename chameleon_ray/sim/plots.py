@@ -7,6 +7,7 @@ from typing import Any
 
 Runs = Sequence[Mapping[str, Any]]
 
+_SLANTED = {"rotation": 30, "ha": "right"}
 _MARKERS = "osD^vPX"
 _PANELS = {
     "ttft_p50_s": "TTFT P50 (s)",
@@ -251,7 +252,9 @@ def _bars(axis: Any, values: Mapping[str, float]) -> None:
     bars = axis.bar(range(len(values)), list(values.values()), 0.65, color=[f"C{n}" for n in range(len(values))])
     axis.bar_label(bars, fmt="{:.3g}", fontsize=8)
     is_long = max((len(name) for name in values), default=0) * len(values) > 45
-    axis.set_xticks(range(len(values)), list(values), rotation=30 if is_long else 0, ha="right" if is_long else "center")
+    axis.set_xticks(
+        range(len(values)), list(values), rotation=30 if is_long else 0, ha="right" if is_long else "center"
+    )
     axis.grid(axis="y", alpha=0.3)
     axis.margins(y=0.12)
 

@@ -265,7 +265,7 @@ class SimReplica:
         return events
 
     def _go_on(self, now_s: float, events: list[Event]) -> int:
-        """KV blocks for what the next step computes of requests that run, oldest admission first; their prompts' chunks.
+        """KV blocks for what the next step computes of requests that run, and their prompts' chunks; oldest first.
 
         Returns how many were preempted for it.
         """

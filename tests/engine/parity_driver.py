@@ -118,7 +118,12 @@ class RealScheduler:
     """vLLM's scheduler with our policy in it, and a clock that stands where it is put."""
 
     def __init__(
-        self, model: str, costs: CostModel, settings: PagedSettings, adapters: Sequence[Adapter], requests: Sequence[Any]
+        self,
+        model: str,
+        costs: CostModel,
+        settings: PagedSettings,
+        adapters: Sequence[Adapter],
+        requests: Sequence[Any],
     ) -> None:
         self.now_s = 0.0
         self.scheduler = _scheduler(model, costs, settings)

@@ -15,7 +15,7 @@ RANKS = (8, 16, 32, 64, 128)
 COSTS = CostModel.model_validate(
     {
         "name": "parity",
-        # More than the 50 ms for which the simulator may rest: it asks the policy before every step, as the engine does.
+        # Above the 50 ms for which the simulator may rest: it asks the policy before every step, as the engine does.
         "step": {"overhead_s": 0.06, "weights_read_s": 0.0, "kv_read_s": 0.0, "token_s": 0.0001},
         "memory": {
             "block_tokens": 32,

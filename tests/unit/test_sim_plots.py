@@ -48,7 +48,11 @@ def test_lines_are_where_the_tables_values_are(paper_content, monkeypatch, tmp_p
     assert [label.get_text() for label in drawn["eviction_by_rank"].axes[0].get_xticklabels()] == [
         str(rank) for rank in paper.RANKS
     ]
-    assert [label.get_text() for label in drawn["predictor_accuracy"].axes[0].get_xticklabels()] == ["60%", "80%", "100%"]
+    assert [label.get_text() for label in drawn["predictor_accuracy"].axes[0].get_xticklabels()] == [
+        "60%",
+        "80%",
+        "100%",
+    ]
 
 
 YAML = """

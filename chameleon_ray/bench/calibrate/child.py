@@ -41,7 +41,7 @@ def measure(engine: LiveEngine, folders: list[Path], effort: Effort, seed: int) 
     show_progress("", None)
     settings = PagedSettings.of(engine.config)
     return Measured(
-        engine=f"vLLM {vllm_version} on {_device()}, {Path(engine.config.model_config.model).name}, "
+        engine=f"vLLM {vllm_version} on {_device()}, {'/'.join(Path(engine.config.model_config.model).parts[-2:])}, "
         f"{str(engine.config.model_config.dtype).removeprefix('torch.')}",
         memory=memory(engine, adapters),
         limits=limits(engine),

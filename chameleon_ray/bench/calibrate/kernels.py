@@ -1,13 +1,13 @@
 """Bare kernels in a model's shapes on a CUDA device: what a step would take there if the host took no time.
 
-One layer is timed and counted as often as the model has layers: matrix products with weights in 16 bits, torch's attention,
-our LoRA kernels over pages. On a GPU each is one CUDA graph, so that launches do not count.
+One layer is timed and counted as often as the model has layers: matrix products with weights in 16 bits, torch's
+attention, our LoRA kernels over pages. On a GPU each is one CUDA graph, so that launches do not count.
 """
 
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,21 +85,26 @@ class ModelShape:
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
+class Step:
     """requests: (tokens computed, tokens of context) of each; ranks: of each request's adapter, 0 for none."""
 
     requests: tuple[tuple[int, int], ...]
     ranks: tuple[int, ...]
 
 
-def measure_kernels(model: str | None, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> Measured:
-    """See the module's head. Raises CalibrationError, where there is no CUDA device as well."""
+def measure_kernels(
+    model: str | None,
+    device: str = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
+    steps: Sequence[Step] | None = None,
+) -> Measured:
+    """See the module's head; steps: other ones than usual. Raises CalibrationError, also without a CUDA device."""
     if device == "cuda" and not torch.cuda.is_available():
         raise CalibrationError("--kernels needs a CUDA device, and torch finds none: leave it out to measure an engine")
     shape = ModelShape.read(model)
     timer = _Timer(device)
     bench = _Bench(shape, device, dtype, timer)
-    steps = list(_steps(shape.max_model_len))
+    steps = steps or usual_steps(shape.max_model_len)
     points = []
     for number, step in enumerate(steps):
         show_progress("kernels", number / len(steps))
@@ -122,17 +127,18 @@ def measure_kernels(model: str | None, device: str = "cuda", dtype: torch.dtype 
     )
 
 
-def _steps(max_model_len: int) -> Iterator[_Step]:
+def usual_steps(max_model_len: int) -> list[Step]:
+    """Batches that decode, prompts, both at once; without adapters, with one small or large, with one for each."""
     mixed = RANKS * 64
+    steps = []
     for batch in (1, 4, 16, 64):
         for context in (128, 1024):
             requests = ((1, min(context, max_model_len // 2)),) * batch
-            for ranks in ((0,) * batch, (RANKS[0],) * batch, (RANKS[-1],) * batch, mixed[:batch]):
-                yield _Step(requests, ranks)
+            choices = ((0,) * batch, (RANKS[0],) * batch, (RANKS[-1],) * batch, mixed[:batch])
+            steps += [Step(requests, ranks) for ranks in choices]
     for tokens in (64, 256, 512, 1024, 2048):
-        for rank in (0, RANKS[0], RANKS[-1]):
-            yield _Step(((min(tokens, max_model_len), 0),), (rank,))
-    yield _Step((*(((1, 512),) * 16), (512, 0)), mixed[:17])
+        steps += [Step(((min(tokens, max_model_len), 0),), (rank,)) for rank in (0, RANKS[0], RANKS[-1])]
+    return [*steps, Step((*(((1, 512),) * 16), (512, 0)), mixed[:17])]
 
 
 class _Bench:
@@ -143,7 +149,7 @@ class _Bench:
         ]
         self._head = torch.randn(shape.vocabulary, shape.hidden, device=device, dtype=dtype)
 
-    def point(self, step: _Step) -> StepPoint:
+    def point(self, step: Step) -> StepPoint:
         """The time of one step, and what is in it."""
         tokens = sum(computed for computed, _ in step.requests)
         x = {weight.shape[1]: self._random(tokens, weight.shape[1]) for weight in self._weights}
@@ -188,7 +194,7 @@ class _Bench:
         ]
         return lambda: [attend(q, k, v, is_causal=causal, enable_gqa=True) for q, k, v, causal in inputs]
 
-    def _lora(self, step: _Step) -> Callable[[], object]:
+    def _lora(self, step: Step) -> Callable[[], object]:
         parts = self._shape.parts()
         page_elems = max(
             _BLOCK_TOKENS * self._shape.kv_heads * self._shape.head_dim,

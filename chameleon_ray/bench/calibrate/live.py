@@ -204,5 +204,3 @@ class LiveEngine:
         return Composition(
             sum(scheduled.values()), context, ranks, sum(adapters.values()), len(scheduled), round(attended, 1)
         )
-
-

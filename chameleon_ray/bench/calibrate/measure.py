@@ -46,7 +46,7 @@ def some_adapters(engine: LiveEngine, folders: Sequence[Path], most: int = 20) -
 def measure_steps(
     engine: LiveEngine, adapters: Sequence[LiveAdapter], effort: Effort, progress: Progress
 ) -> list[StepPoint]:
-    """Steps of many compositions: prompts, decoding, both at once; without adapters, with small and large ones, mixed."""
+    """Steps of many compositions: prompts, decoding, both; without adapters, with small and large ones, mixed."""
     probes = list(_probes(engine, adapters, effort))
     engine.steps.clear()
     for adapter in adapters:  # All are resident from here on.

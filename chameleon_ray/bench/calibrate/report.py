@@ -108,8 +108,8 @@ def summary_lines(costs: CostModel) -> list[str]:
     lines = [
         calibration.engine,
         f"step time fitted to {fit.points} kinds of step: {fit.mean:.1%} off on average, {fit.p90:.1%} at the 90th "
-        f"percentile, {fit.worst:.1%} at most; a median step takes {calibration.noise:.1%} more than the fastest of its "
-        "kind (noise of this machine)",
+        f"percentile, {fit.worst:.1%} at most; a median step takes {calibration.noise:.1%} more than the fastest "
+        "of its kind (noise of this machine)",
     ]
     if calibration.validation:
         lines.append(f"{'the same workload, in ms':26}{'measured':>10}{'simulated':>11}{'error':>9}")

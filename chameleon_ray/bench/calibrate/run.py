@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cpu: count CPU time, for one-thread CPU engines on a machine that others use as well",
     )
     parser.add_argument(
-        "--kernels", action="store_true", help="bare kernels on a CUDA device in the model's shapes, instead of an engine"
+        "--kernels",
+        action="store_true",
+        help="bare kernels in the model's shapes on a CUDA device, not an engine",
     )
 
 
