@@ -213,7 +213,7 @@ def test_the_kernels_of_a_small_model_make_steps_of_every_term(demo):
     assert len(measured.steps) == len(steps)
     assert {size for size, _ in measured.loads} == {shape.adapter_bytes(rank, 4) for rank in RANKS}
     for name in ("tokens", "context_tokens", "token_ranks", "adapter_bytes", "requests", "attended_tokens"):
-        assert len({getattr(point, name) for point in measured.steps}) >= 4, name
+        assert len({getattr(point, name) for point in measured.steps}) >= 3, name
     assert all(0 < point.fastest_s <= point.seconds for point in measured.steps)
     model = cost_model("kernels", measured)
     assert model.calibration.validation == {} and math.isfinite(model.step_s(100, 1000, 800, 1e6, 4, 5000))
