@@ -111,7 +111,7 @@ class _Cluster:
         self._costs = costs
         self._config = replica_config(costs, scenario.policy)
         self._replicas: list[SimReplica] = []
-        self._hints = Hints(0)
+        self._hints = Hints()
         links = costs.links
         load_costs = LoadCosts(
             links.host_bytes_s, links.disk_bytes_s, links.source_bytes_s, links.overhead_s, scenario.hysteresis
@@ -180,7 +180,7 @@ class _Cluster:
         return [*self._route(request, now_s), *self._next_arrival(rest)]
 
     def _route(self, request: SimRequest, now_s: float) -> Iterable[Event]:
-        if not self._hints.alive:
+        if not self._hints.members:
             return [(now_s + 1.0, partial(self._route, request))]
         index = self._router.choose(request)
         replica = self._replicas[index]
@@ -189,14 +189,14 @@ class _Cluster:
             self._num_retries += 1
             return [(now_s + max(self._scenario.hint_delay_s, 1e-3), partial(self._route, request))]
         self._at[request.request_id] = index
-        self._hints.in_flight[index] += 1
+        self._hints.count(index, 1)
         if request.adapter is not None and not replica.policy.cache.knows(request.adapter.digest):
             replica.add_adapter(request.adapter, Tier.DISK, now_s)
         return replica.arrive(request, now_s)
 
     def _ended(self, job: Job, now_s: float) -> None:
         index = self._at.pop(job.request.request_id)
-        self._hints.in_flight[index] -= 1
+        self._hints.count(index, -1)
         if job.outcome == "lost":
             return
         self._num_left += 1
@@ -229,11 +229,10 @@ class _Cluster:
     def _report(self, index: int, now_s: float) -> Iterable[Event]:
         if not self._replicas[index].alive or self._num_left == self._total:
             return ()
-        load, in_flight = self._replicas[index].policy.load(), int(self._hints.in_flight[index])
+        load, in_flight = self._replicas[index].policy.load(), self._hints.in_flight[index]
 
         def heard(now_s: float) -> Iterable[Event]:
-            if index in self._hints.alive:
-                self._hints.loads[index] = (load, in_flight)
+            self._hints.report(index, load, in_flight)
             return ()
 
         return [
