@@ -1,4 +1,4 @@
-"""Which replicas of a large cluster are worth ranking for a request (``routing.py``), at a cost that does not grow with it.
+"""Which replicas of a large cluster are worth ranking for a request (``routing.py``); its cost does not grow with them.
 
 Three kinds of replicas can come first in a ranking; so many of each are on the list:
 
