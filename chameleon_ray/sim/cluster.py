@@ -1,5 +1,6 @@
 """``chameleon sim cluster``: many replicas behind a router with stale hints; replicas die and join."""
 
+import gc
 import json
 import math
 from array import array
@@ -138,8 +139,12 @@ class _Cluster:
             first_s = self._scenario.report_s * (index + 1) / self._scenario.num_replicas
             events.append((first_s, partial(self._report, index)))
         self._total = len(requests)
-        _, num_events = run_events(events)
-        show_progress("", None)
+        gc.freeze()  # a million requests are no garbage: the collector need not look at them again and again
+        try:
+            _, num_events = run_events(events)
+        finally:
+            gc.unfreeze()
+            show_progress("", None)
         return self._result(num_events)
 
     def _result(self, num_events: int) -> ClusterResult:
