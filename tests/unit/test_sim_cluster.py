@@ -1,8 +1,11 @@
 """Simulated clusters: nobody is lost through deaths and joins, and routing policies differ as they should."""
 
+import json
+
 import pytest
 from pydantic import ValidationError
 
+from chameleon_ray import cli
 from chameleon_ray.sim.cluster import ClusterScenario, simulate_cluster
 from chameleon_ray.sim.routers import ROUTERS
 from chameleon_ray.sim.scenario import PolicySettings
@@ -55,3 +58,37 @@ def test_the_same_seed_gives_the_same_result():
 def test_unknown_routing_is_refused_with_the_choices():
     with pytest.raises(ValidationError, match="affinity, power_of_two"):
         cluster("best")
+
+
+def test_deaths_that_leave_nobody_are_refused():
+    with pytest.raises(ValidationError, match="leaves no replica alive"):
+        cluster(num_replicas=2, failures_s=[1.0, 2.0])
+
+
+def test_the_command_line_runs_the_policies_named_and_writes_their_figures(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    arguments = ["--replicas", "3", "--adapters", "30", "--requests", "60", "--skew", "0.5", "--drift", "2"]
+    command = ["sim", "cluster", *arguments, "--routing", "random,affinity", "--json", str(out)]
+    assert cli.main(command) == 0
+    figures = json.loads(out.read_text())
+    assert list(figures["routing"]) == ["random", "affinity"]
+    assert figures["scenario"]["workload"]["adapters"]["exponent"] == 0.5
+    assert figures["scenario"]["workload"]["adapters"]["drift_s"] == 2.0
+    assert all(figures["routing"][name]["requests"] > 30 for name in ("random", "affinity"))
+    assert "affinity" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--routing", "best"], "no routing policy 'best': choose from affinity"),
+        (["--replicas", "0"], "must be more than 0"),
+        (["--rate", "-1"], "must be more than 0"),
+        (["--skew", "-1"], "exponent: Input should be greater than or equal to 0"),
+        (["--base-share", "1.5"], "base_share: Input should be less than or equal to 1"),
+        (["--cost-model", "b200"], "no cost model 'b200'"),
+    ],
+)
+def test_impossible_clusters_are_refused_with_the_setting(arguments, message, capsys):
+    assert cli.main(["sim", "cluster", *arguments]) == 1
+    assert message in capsys.readouterr().err
