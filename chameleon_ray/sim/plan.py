@@ -4,7 +4,7 @@ One replica is simulated with its share of the traffic, spread evenly and at ran
 a router that keeps adapters together does no worse. ``chameleon sim cluster`` shows by how much it does better.
 
 The search begins at the fewest replicas whose arithmetic keeps up with the traffic: with fewer, queues grow for as long
-as it lasts, whatever a short run shows. So no run is grossly overloaded, and a plan takes some twenty runs of a replica.
+as it lasts, whatever a short run shows. So no run is grossly overloaded, and a plan takes twenty runs or so.
 """
 
 import json
