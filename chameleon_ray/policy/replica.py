@@ -228,6 +228,9 @@ class ReplicaPolicy:
         """
         if not (self._changed or self._needed or now_s >= self._planned_at_s + IDLE_PLAN_INTERVAL_S):
             return Plan(version=-1)
+        if not self._needed and self._blocked is None and self.cache.settled:
+            self._changed, self._planned_at_s = False, now_s
+            return Plan(version=-1)
         if self._blocked is not None and self.cache.knows(self._blocked):
             self._needed[self._blocked] = None
         plan = self.cache.plan(self._needed, max(0, self._pool.free_blocks() - reserved_blocks), now_s)

@@ -12,6 +12,7 @@ a roofline: reading weights and KV cache, or arithmetic, whichever is longer; th
 LoRA kernels. ``overhead_s`` and ``request_s`` are the host's time.
 """
 
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Annotated
@@ -147,6 +148,21 @@ class CostModel(_Part):
     ) -> float:
         """See ``StepCosts.seconds``."""
         return self.step.seconds(tokens, context_tokens, token_ranks, adapter_bytes, requests, attended_tokens)
+
+    def step_s_by_context(self, tokens: int, token_ranks: float, adapter_bytes: float) -> Callable[[int], float]:
+        """``step_s`` as a function of ``context_tokens`` alone, for many steps that only decode the same requests."""
+        step = self.step
+        overhead_s = step.overhead_s + step.request_s * tokens
+        weights_read_s, kv_read_s, attention_s = step.weights_read_s, step.kv_read_s, step.attention_s
+        arithmetic_s = step.token_s * tokens
+        ranks_s, adapters_s = step.token_rank_s * token_ranks, step.adapter_read_s * adapter_bytes
+
+        def step_s(context_tokens: int) -> float:
+            reading_s = weights_read_s + kv_read_s * context_tokens
+            base_s = overhead_s + (reading_s if reading_s > arithmetic_s else arithmetic_s)
+            return base_s + attention_s * context_tokens + ranks_s + adapters_s
+
+        return step_s
 
     def adapter_blocks(self, size_bytes: int) -> int:
         """KV blocks that an adapter of so many bytes takes."""

@@ -292,23 +292,26 @@ class SimReplica:
         if self._dirty or self.mode.check_every:
             return
         quiet_until_s = self.policy.quiet_until_s()
-        num_tokens, context, ranks = self._num_decoding, self._decode_context, self._decode_ranks
-        adapter_bytes = self._batch_adapter_bytes
+        num_tokens, context = self._num_decoding, self._decode_context
+        step_s = self.costs.step_s_by_context(num_tokens, self._decode_ranks, self._batch_adapter_bytes)
+        grows_at, ends_at, next_pass_s = self._grows_at, self._ends_at, self._next_pass_s
         free_blocks, number, end_s = self.free_blocks(), self.num_steps + 1, self._step_ends_s[0]
         # In so many steps no request grows twice: those that grow in them are known.
         for following in range(number + 1, number + self.costs.memory.block_tokens):
-            if end_s >= self._next_pass_s:
+            if end_s >= next_pass_s:
                 if end_s >= quiet_until_s:
-                    return
-                self._next_pass_s = end_s + _PASS_INTERVAL_S
-            free_blocks -= len(self._grows_at.get(following, ()))
-            if following - 1 in self._ends_at or free_blocks < 0:
-                return
+                    break
+                next_pass_s = end_s + _PASS_INTERVAL_S
+            if following in grows_at:
+                free_blocks -= len(grows_at[following])
+            if following - 1 in ends_at or free_blocks < 0:
+                break
             context += num_tokens
-            duration_s = self.costs.step_s(num_tokens, context, ranks, adapter_bytes, num_tokens, context)
+            duration_s = step_s(context)
             end_s += duration_s
             self._step_durations_s.append(duration_s)
             self._step_ends_s.append(end_s)
+        self._next_pass_s = next_pass_s
 
     def _end_steps(self, now_s: float) -> Iterable[Event]:
         if not self.alive or not self._stepping or now_s != self._step_ends_s[-1]:
@@ -452,8 +455,11 @@ class SimReplica:
     def _take_blocks(self, job: Job, num_blocks: int) -> None:
         job.kv_blocks += num_blocks
         self._kv_blocks += num_blocks
-        if job.request.request_id not in self._prefilling:
-            self._plan_growth(job)
+        if job.request.request_id in self._prefilling:
+            return
+        job.grow_step += num_blocks * self.costs.memory.block_tokens
+        if job.grow_step <= job.end_step:
+            self._grows_at[job.grow_step].append(job)
 
     def _preempt(self, job: Job, now_s: float, squashed: bool = False) -> None:
         if job.request.request_id not in self._prefilling:
