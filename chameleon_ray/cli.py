@@ -8,6 +8,7 @@ from typing import Any
 
 from chameleon_ray.bench import serve as bench_serve
 from chameleon_ray.bench.calibrate import run as bench_calibrate
+from chameleon_ray.bench.load.errors import LoadError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,9 +45,12 @@ def _parser() -> argparse.ArgumentParser:
     calibrate = commands.add_parser("calibrate", help="measure an engine and write a cost model for the simulator")
     bench_calibrate.add_arguments(calibrate)
     calibrate.set_defaults(run=lambda arguments: _told(lambda: bench_calibrate.run(arguments)))
+    burst = benches.add_parser("burst", help="KV memory over time: idle adapters give way to a burst of long prompts")
+    burst.add_argument("--plot", type=Path, metavar="FILE", help="draw it there (.png, .svg, .pdf)")
+    burst.set_defaults(run=_bench_burst)
     _add_simulations(commands)
     _add_training(commands)
-    for bench in (local, policy, engine):
+    for bench in (local, policy, engine, burst):
         bench.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     return parser
 
@@ -159,6 +163,12 @@ def _bench_engine(arguments: argparse.Namespace) -> int:
     return run(arguments.json)
 
 
+def _bench_burst(arguments: argparse.Namespace) -> int:
+    from chameleon_ray.bench.burst import run
+
+    return _told(lambda: run(arguments.json, arguments.plot))
+
+
 def _sim_run(arguments: argparse.Namespace) -> int:
     from chameleon_ray.sim.grid import run
 
@@ -224,7 +234,7 @@ def _told(command: Callable[[], int]) -> int:
     """The command's exit status; a setting that it refuses is told without a traceback."""
     try:
         return command()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, LoadError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

@@ -38,9 +38,10 @@ class ModelConfig(_Section):
 class EngineConfig(_Section):
     """One vLLM engine (per replica)."""
 
-    adapter_memory: Literal["paged", "slots"] = Field(
-        default="slots",
-        description="where adapters live in GPU memory; `paged`: idle KV-cache memory, `slots`: vLLM's own LoRA slots",
+    adapter_memory: Literal["auto", "paged", "slots"] = Field(
+        default="auto",
+        description="where adapters live; `paged`: idle KV-cache memory, `slots`: vLLM's own LoRA slots, `auto`: paged "
+        "on CPUs, slots on GPUs until paged has run there",
     )
     adapter_memory_share: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.5, description="`paged`: most of the KV cache that adapters may take, against cached prefixes"

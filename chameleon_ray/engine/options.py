@@ -4,6 +4,7 @@ The arguments come from vLLM's own parser, so that every default is vLLM's and e
 checked; what the configuration names itself is set on top.
 """
 
+import logging
 from argparse import Namespace
 from typing import Any, get_args
 
@@ -14,6 +15,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from chameleon_ray.config import AppConfig, ConfigError, EngineConfig
 from chameleon_ray.engine.paged.options import PagedSettings, paged_arguments
+
+logger = logging.getLogger("ray.serve")
 
 GIB = 2**30
 RESIDENCY_EXTENSION = "chameleon_ray.engine.residency.AdapterResidency"
@@ -30,8 +33,25 @@ def resolve_device(engine: EngineConfig) -> str:
     return installed
 
 
+def resolve_adapter_memory(config: AppConfig) -> AppConfig:
+    """The configuration with ``engine.adapter_memory`` as ``paged`` or ``slots``. Raises ConfigError as
+    ``resolve_device``."""
+    chosen: str = config.engine.adapter_memory
+    if chosen == "auto":
+        # docs/adapter_cache.md lists what has not run on a GPU; a wrong answer would be worse than a slow one.
+        chosen = "paged" if resolve_device(config.engine) == "cpu" else "slots"
+        logger.info("engine.adapter_memory is auto: %s", chosen)
+    return with_adapter_memory(config, chosen)
+
+
+def with_adapter_memory(config: AppConfig, where: str) -> AppConfig:
+    """The configuration with adapters in ``paged`` or ``slots``."""
+    return config.model_copy(update={"engine": config.engine.model_copy(update={"adapter_memory": where})})
+
+
 def server_args(config: AppConfig) -> Namespace:
     """The argument namespace that ``vllm serve`` would have parsed. Raises ConfigError for an unknown vLLM option."""
+    config = resolve_adapter_memory(config)
     args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     for name, value in (_own_arguments(config) | _checked(args, config.engine.vllm_args)).items():
         setattr(args, name, value)

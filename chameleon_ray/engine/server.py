@@ -26,8 +26,9 @@ from chameleon_ray.adapters.record import AdapterRecord
 from chameleon_ray.config import AppConfig
 from chameleon_ray.engine.asgi import AsgiCall
 from chameleon_ray.engine.estimating import EstimatingLLM
-from chameleon_ray.engine.options import GIB, server_args
-from chameleon_ray.engine.paged.options import unsupported_reason
+from chameleon_ray.engine.options import GIB, resolve_adapter_memory, server_args, with_adapter_memory
+from chameleon_ray.engine.paged.messages import told_reason
+from chameleon_ray.engine.paged.scheduler import check_supported
 from chameleon_ray.engine.stats import LoadStats, RequestRates
 from chameleon_ray.policy.adapter import Tier
 from chameleon_ray.policy.routing import ReplicaLoad
@@ -86,13 +87,28 @@ class EngineServer:
 
     @classmethod
     async def start(cls, config: AppConfig, stat_loggers: tuple[type[StatLoggerBase], ...] = ()) -> "EngineServer":
-        """Start the engine and its serving layer; returns when it can take requests."""
+        """Start the engine and its serving layer; returns when it can take requests.
+
+        Where adapters cannot live in this model's KV memory they go to vLLM's slots, and the log says why.
+        """
+        config = resolve_adapter_memory(config)
+        if config.engine.adapter_memory == "slots":
+            return await cls._start(config, stat_loggers)
+        with told_reason() as reason:
+            try:
+                return await cls._start(config, stat_loggers)
+            except Exception:
+                if not (why := reason()):
+                    raise
+        logger.warning("engine.adapter_memory: adapters go to vLLM's slots, not to KV memory: %s", why)
+        return await cls._start(with_adapter_memory(config, "slots"), stat_loggers)
+
+    @classmethod
+    async def _start(cls, config: AppConfig, stat_loggers: tuple[type[StatLoggerBase], ...]) -> "EngineServer":
         args = server_args(config)
         vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
-        if config.engine.adapter_memory == "paged" and (reason := unsupported_reason(vllm_config)) is not None:
-            logger.warning("engine.adapter_memory: adapters go to vLLM's slots, not to KV memory: %s", reason)
-            slots = config.engine.model_copy(update={"adapter_memory": "slots"})
-            return await cls.start(config.model_copy(update={"engine": slots}), stat_loggers)
+        if config.engine.adapter_memory == "paged":
+            check_supported(vllm_config)
         estimator = await asyncio.to_thread(
             make_estimator, config, vllm_config.model_config.max_model_len, f"{os.getpid()}-{time.time_ns()}"
         )
@@ -180,6 +196,11 @@ class EngineServer:
     def length_predictions(self) -> Mapping[str, int]:
         """Requests whose output length was predicted here, by source; empty without a trained predictor."""
         return {} if self._engine.estimator is None else self._engine.estimator.counts()
+
+    @property
+    def adapter_memory(self) -> str:
+        """``paged`` or ``slots``: where adapters are, also where that is not what the configuration asked for."""
+        return self._config.engine.adapter_memory
 
     @property
     def is_dead(self) -> bool:

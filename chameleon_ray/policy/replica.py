@@ -270,6 +270,11 @@ class ReplicaPolicy:
         """Requests that wait, for whatever reason."""
         return self.queues.num_waiting
 
+    @property
+    def pinned_blocks(self) -> int:
+        """Blocks of adapters that running requests use or that are being loaded: they cannot be given back."""
+        return self._pinned_blocks
+
     def load(self, eviction_cost_s: float = 0.0) -> ReplicaLoad:
         """What routers want to know; eviction_cost_s: see ``AdapterCache.eviction_cost_s``."""
         return ReplicaLoad(

@@ -21,7 +21,13 @@ from vllm.v1.outputs import KVConnectorOutput
 
 from chameleon_ray.engine.paged.host import AdapterHost
 from chameleon_ray.engine.paged.memory import AdapterMemory
-from chameleon_ray.engine.paged.messages import ModelLayout, PagedUnsupportedError, StepOrders, StepResults
+from chameleon_ray.engine.paged.messages import (
+    ModelLayout,
+    PagedUnsupportedError,
+    StepOrders,
+    StepResults,
+    tells_starter,
+)
 from chameleon_ray.engine.paged.options import EngineLimits, PagedSettings
 from chameleon_ray.engine.paged.stats import AdapterStats, StatsReporter
 
@@ -40,6 +46,7 @@ class PagedConnector(KVConnectorBase_V1):
     host: AdapterHost
     kv_caches: dict[str, torch.Tensor]
 
+    @tells_starter
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         if len(kv_cache_config.kv_cache_groups) != 1:

@@ -1,8 +1,14 @@
 """What the scheduler and its workers tell each other, through vLLM's connector channels."""
 
+import contextlib
+import functools
+import os
+import tempfile
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
@@ -10,15 +16,49 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+REASON_FILE_ENV = "CHAMELEON_UNSUPPORTED_REASON_FILE"
+"""Environment variable with the file in which an engine's processes say why they refused: vLLM tells whoever starts an
+engine that its processes have failed, and not why."""
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
 
 class PagedUnsupportedError(ValueError):
     """This model cannot keep adapters in KV memory."""
 
     def __init__(self, reason: str) -> None:
+        self.reason = reason
         super().__init__(
             f"adapters cannot live in this model's KV memory: {reason}. "
             "Use vLLM's adapter slots instead (engine.adapter_memory: slots)"
         )
+
+
+def tells_starter(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorator: a PagedUnsupportedError's reason also goes to whoever starts the engine, who then can fall back."""
+
+    @functools.wraps(method)
+    def telling(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return method(*args, **kwargs)
+        except PagedUnsupportedError as error:
+            if path := os.environ.get(REASON_FILE_ENV):
+                Path(path).write_text(error.reason, encoding="utf-8")
+            raise
+
+    return telling
+
+
+@contextlib.contextmanager
+def told_reason() -> Iterator[Callable[[], str]]:
+    """For whoever starts an engine: what its processes have told (``tells_starter``); "" if nothing."""
+    with tempfile.NamedTemporaryFile("r", prefix="chameleon-", suffix=".reason", encoding="utf-8") as file:
+        os.environ[REASON_FILE_ENV] = file.name
+        try:
+            yield lambda: Path(file.name).read_text(encoding="utf-8")
+        finally:
+            del os.environ[REASON_FILE_ENV]
 
 
 @dataclass(frozen=True, slots=True)

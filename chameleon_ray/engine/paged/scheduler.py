@@ -19,20 +19,27 @@ from vllm.v1.request import Request, RequestStatus
 
 from chameleon_ray.engine.paged.connector import PagedConnector
 from chameleon_ray.engine.paged.memory import AdapterMemory
-from chameleon_ray.engine.paged.messages import PagedUnsupportedError
+from chameleon_ray.engine.paged.messages import PagedUnsupportedError, tells_starter
 from chameleon_ray.engine.paged.options import lift_slot_limits, unsupported_reason
 from chameleon_ray.engine.paged.queue import PolicyQueue, SkippedQueue
 
 logger = init_logger(__name__)
 
 
+@tells_starter
+def check_supported(vllm_config: Any) -> None:
+    """Raises PagedUnsupportedError for a configuration that cannot keep adapters in KV memory."""
+    if (reason := unsupported_reason(vllm_config)) is not None:
+        raise PagedUnsupportedError(reason)
+
+
 class ChameleonScheduler(AsyncScheduler):
     """Admits requests in the policy's order, once their adapters are resident; takes idle adapters' blocks before it
     preempts anybody."""
 
+    @tells_starter
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        if (reason := unsupported_reason(vllm_config)) is not None:
-            raise PagedUnsupportedError(reason)
+        check_supported(vllm_config)
         lift_slot_limits(vllm_config)
         super().__init__(vllm_config, *args, **kwargs)
         if not isinstance(self.connector, PagedConnector):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from chameleon_kernels.testing import self_check
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.logger import init_logger
@@ -12,7 +13,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from chameleon_ray.engine.paged import lora
 from chameleon_ray.engine.paged.connector import PagedConnector
 from chameleon_ray.engine.paged.host import AdapterHost
-from chameleon_ray.engine.paged.messages import ModelLayout, PagedUnsupportedError
+from chameleon_ray.engine.paged.messages import ModelLayout, PagedUnsupportedError, tells_starter
 from chameleon_ray.engine.paged.options import lift_slot_limits
 from chameleon_ray.engine.paged.pages import page_geometry
 
@@ -27,14 +28,21 @@ logger = init_logger(__name__)
 class PagedWorker(PlatformWorker):
     """Wires three things that vLLM makes one after the other: LoRA layers, KV cache, connector."""
 
+    @tells_starter
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         lift_slot_limits(vllm_config)
         super().__init__(vllm_config, *args, **kwargs)
 
+    @tells_starter
     def load_model(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            self_check(self.device, self.vllm_config.model_config.dtype)
+        except Exception as error:  # A wrong result, or a kernel that does not compile here.
+            raise PagedUnsupportedError(str(error) or repr(error)) from error
         lora.use_pages(self.model_runner)
         super().load_model(*args, **kwargs)
 
+    @tells_starter
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)
         connector = get_kv_transfer_group()

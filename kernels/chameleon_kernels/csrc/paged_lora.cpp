@@ -13,7 +13,7 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -63,12 +63,30 @@ inline void narrow(float f, Float16* out) {
 }
 
 inline Floats load(const float* p) { Floats v; std::memcpy(&v, p, sizeof v); return v; }
-inline Floats load(const BFloat16* p) {
+// Where the compiler's own conversion between 16 and 32 bits takes five instructions, intrinsics take one.
+inline Words widen_bits(const BFloat16* p) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
   Halves halves;
   std::memcpy(&halves, p, sizeof halves);
-  Words words = __builtin_convertvector(halves, Words) << 16;
-  return (Floats)words;
+  return __builtin_convertvector(halves, Words);
+#endif
 }
+inline void store_bits(BFloat16* p, Words words) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)words));
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)words, (__m256i)words);  // Each half's four words, twice.
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+#else
+  Halves halves = __builtin_convertvector(words, Halves);
+  std::memcpy(p, &halves, sizeof halves);
+#endif
+}
+inline Floats load(const BFloat16* p) { return (Floats)(widen_bits(p) << 16); }
 inline Floats load(const Float16* p) {
 #if defined(__AVX512F__)
   return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
@@ -86,8 +104,7 @@ inline void store(BFloat16* p, Floats v) {
   Words words = (Words)v;
   words = (words + 0x7fff + ((words >> 16) & 1)) >> 16;
   words = (v == v) ? words : Words{} + 0x7fc0;
-  Halves halves = __builtin_convertvector(words, Halves);
-  std::memcpy(p, &halves, sizeof halves);
+  store_bits(p, words);
 }
 inline void store(Float16* p, Floats v) { for (int i = 0; i < LANES; ++i) narrow(v[i], p + i); }
 
