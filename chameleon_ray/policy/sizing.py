@@ -80,10 +80,15 @@ class Scales:
     base_adapter_bytes: float = 1.0
 
 
+def adapter_tokens(adapter: Adapter, options: SizingOptions) -> int:
+    """An adapter's bytes as KV tokens."""
+    return ceil(adapter.size_bytes / options.kv_token_bytes)
+
+
 def request_tokens(request: QueuedRequest, options: SizingOptions) -> int:
     """Tokens that a request borrows from a quota: prompt + predicted output + its adapter's bytes as KV tokens."""
-    adapter_bytes = request.adapter.size_bytes if request.adapter else 0
-    return request.num_prompt_tokens + request.num_predicted_tokens + ceil(adapter_bytes / options.kv_token_bytes)
+    own = request.num_prompt_tokens + request.num_predicted_tokens
+    return own + (adapter_tokens(request.adapter, options) if request.adapter else 0)
 
 
 def request_size(request: QueuedRequest, scales: Scales, options: SizingOptions) -> float:

@@ -1,6 +1,7 @@
 import pytest
 from queue_room import SIZING, Room, queues, request, step
 
+from chameleon_ray.policy.adapter import Adapter
 from chameleon_ray.policy.admission import Admission, Obstacle
 from chameleon_ray.policy.disciplines import QueueOptions
 from chameleon_ray.policy.queues import QueueError
@@ -70,6 +71,20 @@ def test_tokens_return_on_every_way_out(way):
         waiting.check()
     assert [queue.used_tokens for queue in waiting.state().queues] == [0] * 4
     assert waiting.num_waiting == (7 if way in ("preempt", "squash") else 0)
+
+
+def test_an_adapter_is_borrowed_for_once_for_as_long_as_anybody_uses_it():
+    waiting = queues(sizing=SizingOptions(1, max_input_tokens=100, max_output_tokens=100, max_adapter_bytes=40))
+    adapter = Adapter("x", rank=8, size_bytes=40)
+    add(waiting, request("small", 50, adapter), request("large", 150, adapter))
+    assert step(waiting) == ["small", "large"]
+    assert [queue.used_tokens for queue in waiting.state().queues] == [50 + 40, 0, 150, 0]
+    waiting.finish("small", 1.0, 25)
+    waiting.check()
+    assert [queue.used_tokens for queue in waiting.state().queues] == [0, 0, 150 + 40, 0], "its memory is in use yet"
+    waiting.remove("large")
+    waiting.check()
+    assert [queue.used_tokens for queue in waiting.state().queues] == [0] * 4
 
 
 def test_a_preempted_request_returns_to_its_old_place():
@@ -465,6 +480,17 @@ def test_chameleon_learns_its_queues_from_traffic():
     assert [queue.num_waiting for queue in state.queues] == [40, 40]
     # Equal rates and durations: quotas go by the largest request, 20 to 180.
     assert [queue.quota_tokens for queue in state.queues] == [1000, 9000]
+
+
+def test_chameleon_has_no_queue_that_its_largest_request_does_not_fit():
+    def quotas(total_tokens):
+        waiting = queues("chameleon", total_tokens=total_tokens)
+        for number in range(40):
+            add(waiting, request(f"a{number}", 20), request(f"z{number}", 180), now_s=number * 0.1)
+        return waiting.refresh(4.0).quotas
+
+    assert quotas(200) == (20, 180)
+    assert quotas(199) == (199,)
 
 
 def test_chameleon_reports_quotas_that_cannot_hold_the_slo():
