@@ -38,11 +38,16 @@ class EngineMode:
     blocking_loads: needed adapters are loaded between steps, at most once before each, and nothing is computed
     meanwhile (S-LoRA); else beside them.
     reserve_outputs: a request starts only with KV blocks for its predicted output (S-LoRA); else they are taken as it
-    grows (vLLM). check_every: full conservation checks after every so many steps; 0: only at the end.
+    grows (vLLM).
+    separate_prefill: prompts are computed in steps of their own, in which nobody decodes (S-LoRA); else beside decoding
+    (chunked prefill). decodes_per_pass: decode steps that follow before requests are admitted again, 10 in S-LoRA.
+    check_every: full conservation checks after every so many steps; 0: only at the end.
     """
 
     blocking_loads: bool = False
     reserve_outputs: bool = False
+    separate_prefill: bool = False
+    decodes_per_pass: int = 0
     check_every: int = 0
 
 
@@ -116,8 +121,11 @@ class SimReplica:
         self._batch_adapter_bytes = 0
         self._ends_at: defaultdict[int, list[Job]] = defaultdict(list)
         self._grows_at: defaultdict[int, list[Job]] = defaultdict(list)
-        self._stepping = self._dirty = False
+        self._stepping = self._dirty = self._prefills_only = False
+        self._decodes_left = 0
+        self.stalls_s: list[float] = []
         self._stalled_by: set[str] = set()
+        self._stalled_since_s = 0.0
         self._may_stall = True
         self._next_pass_s = 0.0
         self._polling = False
@@ -203,18 +211,14 @@ class SimReplica:
 
     def _begin_step(self, now_s: float) -> Iterable[Event]:
         events: list[Event] = []
-        if self._dirty or now_s >= self._next_pass_s:
+        if (self._dirty or now_s >= self._next_pass_s) and (self._decodes_left <= 0 or not self.batch):
             self._decide(now_s, events)
             if self._stalled_by:
                 return events
         if not self.batch:
             events += self._poll(now_s)
             return events
-        number = self.num_steps + 1
-        for job in self._grows_at.pop(number, ()):
-            if job.grow_step == number:
-                self._grow(job, now_s, events)
-        num_tokens, context, token_ranks = self._num_decoding, self._decode_context, self._decode_ranks
+        num_tokens, context, token_ranks = self._begin_decoding(now_s, events)
         budget = max(0, self.costs.limits.max_step_tokens - num_tokens)
         for job in self._prefilling.values():
             chunk = min(budget, job.prefill_left)
@@ -231,16 +235,33 @@ class SimReplica:
         events.append((now_s + duration_s, self._end_step))
         return events
 
-    def _end_step(self, now_s: float) -> Iterable[Event]:
-        if not self.alive:
-            return ()
-        self._stepping = False
-        self._may_stall = True
+    def _begin_decoding(self, now_s: float, events: list[Event]) -> tuple[int, int, int]:
+        """(tokens, context, sum of ranks) that the coming step decodes; nothing where prompts are computed apart."""
+        self._prefills_only = self.mode.separate_prefill and bool(self._prefilling)
+        if self._prefills_only:
+            self._decodes_left = self.mode.decodes_per_pass
+            return 0, 0, 0
+        self._decodes_left -= 1
+        number = self.num_steps + 1
+        for job in self._grows_at.pop(number, ()):
+            if job.grow_step == number:
+                self._grow(job, now_s, events)
+        return self._num_decoding, self._decode_context, self._decode_ranks
+
+    def _end_decoding(self, now_s: float) -> None:
         self.num_steps += 1
         self._decode_context += self._num_decoding
         for job in self._ends_at.pop(self.num_steps, ()):
             if job.end_step == self.num_steps:
                 self._finish(job, now_s)
+
+    def _end_step(self, now_s: float) -> Iterable[Event]:
+        if not self.alive:
+            return ()
+        self._stepping = False
+        self._may_stall = True
+        if not self._prefills_only:
+            self._end_decoding(now_s)
         done = []
         for job in self._prefilling.values():
             if job.prefill_left:
@@ -275,7 +296,8 @@ class SimReplica:
             self._preempt(self.batch[request_id], now_s, squashed=True)
         limits = self.costs.limits
         due = len(self._grows_at.get(self.num_steps + 1, ()))
-        budget = limits.max_step_tokens - self._num_decoding - sum(j.prefill_left for j in self._prefilling.values())
+        budget = limits.max_step_tokens - sum(job.prefill_left for job in self._prefilling.values())
+        budget -= 0 if self.mode.separate_prefill else self._num_decoding
         watermark = int(self.costs.memory.pool_blocks * _WATERMARK_SHARE)
         policy.begin_step(now_s)
         while len(self.batch) < limits.max_running and (request := policy.peek()) is not None:
@@ -299,6 +321,7 @@ class SimReplica:
         if self.mode.blocking_loads and (self._may_stall or not self.batch):
             self._stalled_by.update(plan.load[: len(plan.load) - plan.num_prefetch])
             self._may_stall = not self._stalled_by
+            self._stalled_since_s = now_s
 
     def _admit(self, job: Job, num_blocks: int, now_s: float) -> None:
         if job.admitted_s is None:
@@ -422,6 +445,8 @@ class SimReplica:
         if not self.alive:
             return ()
         self.policy.loaded(digest)
+        if self._stalled_by == {digest}:
+            self.stalls_s.append(now_s - self._stalled_since_s)
         self._stalled_by.discard(digest)
         self._dirty = True
         return [*self._announce(digest, now_s), *self._wake(now_s)]
