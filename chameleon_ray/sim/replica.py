@@ -40,11 +40,16 @@ class EngineMode:
     blocking_loads: needed adapters are loaded between steps, at most once before each, and nothing is computed
     meanwhile (S-LoRA); else beside them.
     reserve_outputs: a request starts only with KV blocks for its predicted output (S-LoRA); else they are taken as it
-    grows (vLLM). check_every: full conservation checks after every so many steps; 0: only at the end.
+    grows (vLLM).
+    separate_prefill: prompts are computed in steps of their own, in which nobody decodes (S-LoRA); else beside decoding
+    (chunked prefill). decodes_per_pass: decode steps that follow before requests are admitted again, 10 in S-LoRA.
+    check_every: full conservation checks after every so many steps; 0: only at the end.
     """
 
     blocking_loads: bool = False
     reserve_outputs: bool = False
+    separate_prefill: bool = False
+    decodes_per_pass: int = 0
     check_every: int = 0
 
 
@@ -121,10 +126,13 @@ class SimReplica:
         self._batch_adapter_bytes = 0
         self._ends_at: defaultdict[int, list[Job]] = defaultdict(list)
         self._grows_at: defaultdict[int, list[Job]] = defaultdict(list)
-        self._stepping = self._dirty = False
+        self._stepping = self._dirty = self._prefills_only = False
+        self._decodes_left = 0
         self._step_ends_s: list[float] = []
         self._step_durations_s: list[float] = []
+        self.stalls_s: list[float] = []
         self._stalled_by: set[str] = set()
+        self._stalled_since_s = 0.0
         self._may_stall = True
         self._next_pass_s = 0.0
         self._polling = False
@@ -233,7 +241,7 @@ class SimReplica:
         """In vLLM's order: squashes, memory for those that run, admissions, loads."""
         events: list[Event] = []
         resting: tuple[str, ...] | None = None
-        if self._dirty or now_s >= self._next_pass_s:
+        if (self._dirty or now_s >= self._next_pass_s) and (self._decodes_left <= 0 or not self.batch):
             resting = self._begin_decisions(now_s)
         num_preempted = self._go_on(now_s, events)
         if resting is not None:
@@ -243,8 +251,15 @@ class SimReplica:
         if not self.batch:
             events += self._poll(now_s)
             return events
-        num_tokens, context, token_ranks = self._num_decoding, self._decode_context, self._decode_ranks
-        attended = float(self._decode_context)
+        self._prefills_only = self.mode.separate_prefill and bool(self._prefilling)
+        if self._prefills_only:
+            self._decodes_left = self.mode.decodes_per_pass
+            num_requests = num_tokens = context = token_ranks = 0
+        else:
+            num_requests = num_tokens = self._num_decoding
+            context, token_ranks = self._decode_context, self._decode_ranks
+        attended = float(context)
+        num_requests += len(self._chunks)
         for job, chunk in self._chunks:
             computed = job.prefill_tokens - job.prefill_left
             context += computed
@@ -252,7 +267,6 @@ class SimReplica:
             token_ranks += chunk * job.rank
             num_tokens += chunk
             job.prefill_left -= chunk
-        num_requests = self._num_decoding + len(self._chunks)
         duration_s = self.costs.step_s(
             num_tokens, context, token_ranks, self._batch_adapter_bytes, num_requests, attended
         )
@@ -270,12 +284,14 @@ class SimReplica:
         Returns how many were preempted for it.
         """
         number = self.num_steps + 1
-        growing = [job for job in self._grows_at.pop(number, ()) if job.grow_step == number]
+        apart = self.mode.separate_prefill
+        growing = [] if apart and self._prefilling else self._grows_at.pop(number, ())
+        growing = [job for job in growing if job.grow_step == number]
         num_preempted = 0
         for job in sorted(growing, key=_admission):
             num_preempted += self._grow(job, 1, now_s, events) if job.grow_step == number else 0
         self._chunks = []
-        budget = self.costs.limits.max_step_tokens - self._num_decoding
+        budget = self.costs.limits.max_step_tokens - (0 if apart else self._num_decoding)
         for job in list(self._prefilling.values()):
             chunk = min(budget, job.prefill_left)
             if chunk <= 0 or job.request.request_id not in self.batch:
@@ -318,7 +334,15 @@ class SimReplica:
             return ()  # the replica died, or the span was cut and has ended before
         self._stepping = False
         self._may_stall = True
+        if self._prefills_only:
+            self.busy_s += self._step_durations_s[0]
+        else:
+            self._end_decoding(now_s)
+        return self._end_prompts(now_s)
+
+    def _end_decoding(self, now_s: float) -> None:
         for place, duration_s in enumerate(self._step_durations_s[: len(self._step_ends_s)]):
+            self._decodes_left -= 1
             self.num_steps += 1
             self.busy_s += duration_s
             self._decode_context += self._num_decoding
@@ -329,6 +353,9 @@ class SimReplica:
         for job in sorted(self._ends_at.pop(self.num_steps, ()), key=_admission):
             if job.end_step == self.num_steps:
                 self._finish(job, now_s)
+
+    def _end_prompts(self, now_s: float) -> Iterable[Event]:
+        """Prompts that are computed begin to decode; the next step begins."""
         done = []
         for job in self._prefilling.values():
             if job.prefill_left:
@@ -367,7 +394,8 @@ class SimReplica:
     def _decide(self, now_s: float, events: list[Event], resting: Collection[str], may_admit: bool) -> None:
         """The policy's part of a step: admissions and loads. resting: who must wait for the next step."""
         policy, limits = self.policy, self.costs.limits
-        budget = limits.max_step_tokens - self._num_decoding - sum(chunk for _, chunk in self._chunks)
+        budget = limits.max_step_tokens - sum(chunk for _, chunk in self._chunks)
+        budget -= 0 if self.mode.separate_prefill else self._num_decoding
         watermark = int(self.costs.memory.pool_blocks * limits.watermark_share)
         while may_admit and (request := policy.peek()) is not None:
             request_id = request.request_id
@@ -398,6 +426,7 @@ class SimReplica:
         if self.mode.blocking_loads and (self._may_stall or not self.batch):
             self._stalled_by.update(plan.load[: len(plan.load) - plan.num_prefetch])
             self._may_stall = not self._stalled_by
+            self._stalled_since_s = now_s
 
     def _admit(self, job: Job, num_blocks: int, now_s: float) -> None:
         if job.admitted_s is None:
@@ -533,6 +562,8 @@ class SimReplica:
         if not self.alive:
             return ()
         self.policy.loaded(digest)
+        if self._stalled_by == {digest}:
+            self.stalls_s.append(now_s - self._stalled_since_s)
         self._stalled_by.discard(digest)
         self._dirty = True
         return [*self._announce(digest, now_s), *self._wake(now_s)]

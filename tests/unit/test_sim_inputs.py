@@ -44,9 +44,19 @@ def test_the_a40_model_gives_the_published_ttfts():
 
 def test_a_step_is_bound_by_reading_or_by_arithmetic():
     model = load_cost_model("a40-llama-7b")
-    assert model.step_s(1, 0) == pytest.approx(model.step.weights_read_s)
-    assert model.step_s(2000, 0) == pytest.approx(2000 * model.step.token_s)
-    assert model.step_s(1, 10_000) == pytest.approx(model.step.weights_read_s + 10_000 * model.step.kv_read_s)
+    step = model.step
+    assert model.step_s(1, 0) == pytest.approx(step.overhead_s + step.weights_read_s)
+    assert model.step_s(2000, 0) == pytest.approx(step.overhead_s + 2000 * step.token_s)
+    assert model.step_s(1, 10_000) == pytest.approx(step.overhead_s + step.weights_read_s + 10_000 * step.kv_read_s)
+
+
+def test_the_a40_model_has_both_published_shares_of_the_rank_128_ttft():
+    model = load_cost_model("a40-llama-7b")
+    size_bytes = 128 * model.memory.adapter_bytes_per_rank
+    load_s = size_bytes / model.links.host_bytes_s
+    ttft_s = load_s + model.step_s(512, 0, 512 * 128, size_bytes)
+    assert load_s / ttft_s == pytest.approx(0.175, abs=0.005)
+    assert 1 - 512 * model.step.token_s / ttft_s == pytest.approx(0.60, abs=0.005)
 
 
 def test_bad_cost_models_are_named(tmp_path):
