@@ -192,8 +192,8 @@ class Replica:
                     await self._register_pending()
                 self._adapters.sweep()
                 await self._engine.refresh_residency()
-                self._metrics.publish(self._engine)
                 await self._publisher.publish(self._report(), time.monotonic())
+                self._metrics.publish(self._engine)
             except Exception:
                 self._die_with_engine()
                 logger.exception("a placement report failed; the next one follows")

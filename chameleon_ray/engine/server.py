@@ -27,6 +27,7 @@ from chameleon_ray.config import AppConfig
 from chameleon_ray.engine.estimating import EstimatingLLM
 from chameleon_ray.engine.options import GIB, resolve_adapter_memory, server_args, with_adapter_memory
 from chameleon_ray.engine.paged.messages import told_reason
+from chameleon_ray.engine.paged.options import lift_slot_limits
 from chameleon_ray.engine.paged.scheduler import check_supported
 from chameleon_ray.engine.refusals import EngineCall
 from chameleon_ray.engine.report import PolicyEvents, PolicyReport
@@ -110,6 +111,7 @@ class EngineServer:
         vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
         if config.engine.adapter_memory == "paged":
             check_supported(vllm_config)
+            lift_slot_limits(vllm_config)  # The engine does so itself; here for what vLLM's metrics call ``max_lora``.
         estimator = await asyncio.to_thread(
             make_estimator, config, vllm_config.model_config.max_model_len, f"{os.getpid()}-{time.time_ns()}"
         )

@@ -215,10 +215,15 @@ def test_queues_by_index_and_what_is_gone_is_zero(series: Series) -> None:
     assert series("chameleon_waiting_requests", reason="load") == 0
 
     engine.queues = queues("fifo")
+    engine.queues.add(request("next", 30), 0.0)
+    engine.queues.add(request("last", 30), 0.0)
+    step(engine.queues, max_admitted=1)
     published.publish(engine)
     assert series("chameleon_queues") == 1
-    for name in ("waiting", "running", "quota_tokens", "used_tokens", "cutoff"):
-        assert [series(f"chameleon_queue_{name}", queue=str(index)) for index in range(4)] == [0] * 4, name
+    expected = {"waiting": 1, "running": 1, "used_tokens": 30, "quota_tokens": 0, "cutoff": 0}
+    for name, first in expected.items():
+        shown = [series(f"chameleon_queue_{name}", queue=str(index)) for index in range(4)]
+        assert shown == [first, 0, 0, 0], name
 
 
 def test_bypasses_squashes_holds_and_a_scale_below_one(series: Series) -> None:

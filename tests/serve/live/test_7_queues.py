@@ -97,19 +97,42 @@ def test_metrics_of_cache_and_scheduler(service: Service) -> None:
     def total(name: str, **labels: str) -> float:
         return service.metric(f"ray_chameleon_{name}", **labels)
 
-    before = total("admissions_total")
-    asked = total("adapter_hits_total") + total("adapter_misses_total")
+    def by_metrics() -> dict[str, float]:
+        names = ("admissions", "queue_refreshes", "squashes", "adapter_hits", "adapter_misses", "adapter_evictions")
+        return {name: total(f"{name}_total") for name in names} | {
+            "waits": total("queue_wait_s_count"),
+            "fetches": total("adapter_loads_total", stage="fetch"),
+            "loads": total("adapter_loads_total", stage="load"),
+            "timed loads": total("adapter_load_s_count", stage="load"),
+        }
+
+    def by_replicas() -> dict[str, float]:
+        caches, schedulers = ([one[what] for one in queues(service)] for what in ("cache", "scheduler"))
+
+        def added(parts: list[Any], name: str) -> float:
+            return float(sum(part[name] for part in parts))
+
+        return {
+            "admissions": added(schedulers, "admissions"),
+            "queue_refreshes": added(schedulers, "refreshes"),
+            "squashes": added(schedulers, "squashes"),
+            "adapter_hits": added(caches, "hits"),
+            "adapter_misses": added(caches, "misses"),
+            "adapter_evictions": float(sum(sum(cache["evictions"].values()) for cache in caches)),
+            "waits": added(schedulers, "admissions"),
+            "fetches": added(caches, "fetches"),
+            "loads": added(caches, "loads"),
+            "timed loads": added(caches, "loads"),
+        }
+
+    before = by_replicas()
     for name in (service.base, *service.adapter_names()[:5]):
         text_of(complete(service, name))
-    wait_for(lambda: total("admissions_total") >= before + 6, "the admissions", METRICS_LIMIT_S, 0.5)
-    assert total("adapter_hits_total") + total("adapter_misses_total") == asked + 5
-
-    counted = {"adapter_hits_total", "adapter_misses_total", "adapter_loads_total", "adapter_load_s_count"}
-    counted |= {"queue_wait_s_count", "queue_refreshes_total"}
-    assert all(total(name) > 0 for name in counted), {name: total(name) for name in counted}
-    assert total("queue_wait_s_count") == total("admissions_total")
-    for stage in ("fetch", "load"):
-        assert total("adapter_loads_total", stage=stage) >= total("adapter_load_s_count", stage=stage) > 0
+    after = by_replicas()
+    assert after["admissions"] == before["admissions"] + 6
+    assert sum(after[name] - before[name] for name in ("adapter_hits", "adapter_misses")) == 5
+    assert after["loads"] > 0 and after["fetches"] > 0 and after["queue_refreshes"] > 0
+    wait_for(lambda: by_metrics() == by_replicas(), "the replicas' own counts", METRICS_LIMIT_S, 0.5)
 
     def gauges() -> dict[str, float]:
         names = ("adapter_blocks", "adapter_blocks_limit", "adapter_bytes", "adapter_host_bytes", "queues")
@@ -132,11 +155,12 @@ def test_metrics_of_cache_and_scheduler(service: Service) -> None:
 
 @pytest.mark.usefixtures("load")
 def test_vllms_metric_names_the_running_adapters_as_clients_do(service: Service) -> None:
-    names = set(service.adapter_names())
+    def states() -> list[Any]:
+        return [labels for labels, _ in service.samples("ray_vllm_lora_requests_info")]
 
     def named() -> set[str]:
-        states = [labels["running_lora_adapters"] for labels, _ in service.samples("ray_vllm_lora_requests_info")]
-        return {name for state in states for name in state.split(",") if name}
+        return {name for labels in states() for name in labels["running_lora_adapters"].split(",") if name}
 
     wait_for(named, "running adapters", METRICS_LIMIT_S, 0.5)
-    assert named() <= names
+    assert named() <= set(service.adapter_names())
+    assert {labels["max_lora"] for labels in states()} == {"64"}, "as many adapters as requests run at once"
