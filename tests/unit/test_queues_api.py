@@ -1,6 +1,7 @@
 """The answer of ``/v1/chameleon/queues``: who answers, who does not, and what a replica says."""
 
 import asyncio
+import inspect
 import json
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import pytest
 from queue_room import queues, request, step
 from ray.exceptions import ActorUnavailableError
+from ray.serve._private.replica_result import ReplicaResult
+from ray.serve.handle import DeploymentBroadcastResponse
 
 from chameleon_ray.engine.report import WAITING_FOR, MemoryLimits, PolicyReport
 from chameleon_ray.policy.adapter import Adapter
@@ -71,6 +74,11 @@ def test_without_a_report_only_the_load_is_known() -> None:
     engine = Engine(None)
     engine.adapter_memory = "slots"
     assert replica_queues("r", engine) == {"replica": "r", "adapter_memory": "slots", "running": 3, "waiting": 2}
+
+
+def test_what_is_used_of_ray_beyond_its_public_interface() -> None:
+    assert inspect.iscoroutinefunction(DeploymentBroadcastResponse._fetch_replica_results_async)
+    assert inspect.iscoroutinefunction(ReplicaResult.get_async)
 
 
 class Asked:
