@@ -14,6 +14,7 @@ import pytest
 from engine_harness import PagedEngine
 from prometheus_client import REGISTRY
 from safetensors.numpy import load_file, save_file
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.metrics.stats import SchedulerStats
 
 from chameleon_ray.adapters.errors import AdapterLoadError, AdapterNoRoomError, AdapterRetryLaterError
@@ -21,7 +22,7 @@ from chameleon_ray.adapters.record import AdapterRecord
 from chameleon_ray.config import AppConfig
 from chameleon_ray.demo import DemoPaths
 from chameleon_ray.engine.paged.stats import StatsReporter
-from chameleon_ray.engine.refusals import RETRY_AFTER_S, RequestRefusedError
+from chameleon_ray.engine.refusals import RETRY_AFTER_S, RequestRefusedError, raise_refused
 from chameleon_ray.engine.report import WAITING_FOR, PolicyReport
 from chameleon_ray.engine.server import EngineServer
 from chameleon_ray.engine.stats import LoadStats
@@ -108,6 +109,16 @@ def test_headers_that_cannot_be_read_are_counted(engine: PagedEngine, tmp_path: 
     report = StatsReporter(engine.memory).take()
     assert report is not None
     assert PolicyReport.of(report.data).num_failures["inspection"] == before + 1
+
+
+def test_a_stream_that_has_begun_ends_with_the_reason_not_with_internal_error() -> None:
+    part = CompletionOutput(0, "", [], None, None, finish_reason="error", stop_reason="broken")
+    output = RequestOutput("r", None, [1], None, [part], True, kv_transfer_params={RETRY_AFTER_S: 3.0})
+    with pytest.raises(RequestRefusedError, match="broken") as caught:  # vLLM puts a GenerationError into the stream.
+        raise_refused(output)
+    assert (caught.value.status_code, caught.value.retry_after_s) == (503, 3.0)
+    part.finish_reason, part.stop_reason = "stop", "a stop string"
+    raise_refused(output)
 
 
 def test_refusal_without_use_in_trying_again_is_the_requests_own_fault() -> None:
