@@ -82,7 +82,7 @@ def test_much_traffic_takes_proportionally_many_replicas_and_no_overloaded_runs(
         found[rate] = plan(Scenario.model_validate({"workload": workload}), costs, slo_s=2.0).num_replicas
     assert found[3000.0] == pytest.approx(100 * found[30.0], rel=0.35)
     assert len(runs) < 40
-    assert max(runs) < 15.0
+    assert max(runs) < 20.0
 
 
 def test_an_slo_that_nothing_holds_is_an_error():
