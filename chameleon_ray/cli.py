@@ -67,11 +67,7 @@ def _add_simulations(commands: Any) -> None:
     paper = kinds.add_parser("paper", help="the published experiments: paper, ours, difference")
     paper.set_defaults(run=_sim_paper)
     cluster = kinds.add_parser("cluster", help="routing policies on many replicas, side by side")
-    cluster.add_argument("--replicas", type=int, default=8)
-    cluster.add_argument("--adapters", type=int, default=1000)
-    cluster.add_argument("--requests", type=int, default=20_000, help="in all, warm-up included")
-    cluster.add_argument("--rate", type=float, default=5.0, help="requests per second and replica")
-    cluster.add_argument("--seed", type=int, default=0)
+    _add_cluster_options(cluster)
     cluster.set_defaults(run=_sim_cluster)
     plan = commands.add_parser("plan", help="the fewest replicas that hold an SLO for a scenario's traffic")
     plan.add_argument("scenario", type=Path, help="YAML file, as for `sim run`")
@@ -79,6 +75,30 @@ def _add_simulations(commands: Any) -> None:
     plan.set_defaults(run=_plan)
     for command in (grid, paper, cluster, plan):
         command.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+
+
+def _add_cluster_options(cluster: argparse.ArgumentParser) -> None:
+    cluster.add_argument("--replicas", type=int, default=8, help="default: %(default)s")
+    cluster.add_argument("--adapters", type=int, default=1000, help="default: %(default)s")
+    cluster.add_argument("--requests", type=int, default=20_000, help="about so many in all (default: %(default)s)")
+    cluster.add_argument("--rate", type=float, default=1.5, help="requests/s and replica (default: %(default)s)")
+    cluster.add_argument("--length-scale", type=float, default=1.0, help="factor on all lengths (default: %(default)s)")
+    cluster.add_argument("--skew", type=float, default=1.0, help="popularity: 1 / place ** SKEW (default: %(default)s)")
+    cluster.add_argument(
+        "--drift", type=float, default=0.0, metavar="SECONDS", help="popularity moves on so often (default: never)"
+    )
+    cluster.add_argument(
+        "--base-share", type=float, default=0.0, help="requests without adapter (default: %(default)s)"
+    )
+    cluster.add_argument(
+        "--routing",
+        default="",
+        metavar="NAME,...",
+        help="policies to compare, in parallel over the cores (default: all)",
+    )
+    cluster.add_argument("--hint-delay", type=float, default=0.1, metavar="SECONDS", help="age of what routers hear")
+    cluster.add_argument("--cost-model", default="a40-llama-7b", help="shipped name, or path (default: %(default)s)")
+    cluster.add_argument("--seed", type=int, default=0)
 
 
 def _add_training(commands: Any) -> None:
@@ -167,20 +187,23 @@ def _sim_paper(arguments: argparse.Namespace) -> int:
 
 
 def _sim_cluster(arguments: argparse.Namespace) -> int:
-    from chameleon_ray.sim.cluster import ClusterScenario, run
-    from chameleon_ray.sim.workload import AdapterMix, WorkloadConfig
+    from chameleon_ray.sim.cluster import run, scenario_of
 
     def simulate() -> int:
-        rate = arguments.rate * arguments.replicas
-        duration_s = arguments.requests / rate
-        workload = WorkloadConfig(
-            requests_per_s=rate,
-            duration_s=duration_s,
-            warmup_s=duration_s / 10,
-            adapters=AdapterMix(count=arguments.adapters),
+        scenario = scenario_of(
+            num_replicas=arguments.replicas,
+            num_requests=arguments.requests,
+            requests_per_s_each=arguments.rate,
+            num_adapters=arguments.adapters,
+            length_scale=arguments.length_scale,
+            exponent=arguments.skew,
+            drift_s=arguments.drift,
+            base_share=arguments.base_share,
+            hint_delay_s=arguments.hint_delay,
+            cost_model=arguments.cost_model,
+            seed=arguments.seed,
         )
-        scenario = ClusterScenario(workload=workload, num_replicas=arguments.replicas, seed=arguments.seed)
-        return run(scenario, json_path=arguments.json)
+        return run(scenario, [name for name in arguments.routing.split(",") if name], json_path=arguments.json)
 
     return _told(simulate)
 

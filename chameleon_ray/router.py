@@ -16,7 +16,9 @@ import asyncio
 import logging
 import random
 import time
+import uuid
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from ray.serve.config import RequestRouterConfig
@@ -24,9 +26,10 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from chameleon_ray import metrics
 from chameleon_ray.config import RedisConfig, RouterConfig
-from chameleon_ray.placement import ClusterView, shared_follower
+from chameleon_ray.placement import ClusterView, ReplicaStatus, shared_follower
 from chameleon_ray.policy.adapter import Adapter, Tier
 from chameleon_ray.policy.routing import Decision, LoadCosts, ReplicaView, rank_replicas
+from chameleon_ray.policy.shortlist import EXACT_UP_TO, ReplicaTable
 
 logger = logging.getLogger("ray.serve")
 
@@ -34,6 +37,8 @@ GIB = 2**30
 _MAX_ROUTING_TASKS = 1000
 _LOG_PAUSE_S = 10.0
 _GAUGE_PAUSE_S = 1.0
+_LOOK_PAUSE_S = 0.05
+"""How often to look through the reports of a cluster that is too large to do so for every request."""
 
 
 def request_router_config(redis: RedisConfig, router: RouterConfig) -> RequestRouterConfig:
@@ -67,11 +72,10 @@ class AffinityRouter(RequestRouter):
         """redis, router: dumps of RedisConfig (with ``url``) and RouterConfig."""
         settings = RouterConfig.model_validate(router)
         self._costs = load_costs(settings)
-        self._max_report_age_s = settings.max_report_age_s
         self._follower = shared_follower(RedisConfig.model_validate(redis))
         self._in_flight = InFlight()
         self._adapters: dict[str, Adapter] = {}
-        self._sent_at_report: dict[str, tuple[float, int]] = {}
+        self._reports = Reports(self._in_flight, settings.max_report_age_s, salt=uuid.uuid4().hex)
         self._started_s = time.monotonic()
         self._log_again_s = self._gauge_again_s = 0.0
         self._decisions = metrics.ROUTING_DECISIONS.counter()
@@ -130,29 +134,16 @@ class AffinityRouter(RequestRouter):
         self._drop_model_index(digest)
         is_retry = self._in_flight.withdraw(pending.future)
         cluster, now_s = self._follower.view(), time.monotonic()
-        views = [self._view(cluster, replica.replica_id.unique_id, digest, now_s) for replica in candidates]
+        by_id = {replica.replica_id.unique_id: replica for replica in candidates}
+        table = self._reports.update(by_id, cluster, now_s)
         adapter = self._adapter(cluster, digest) if digest else None
+        views = table.candidates(adapter, self._reports.holders(cluster, digest))
         decision = rank_replicas(adapter, views, self._costs, request_key=pending.metadata.internal_request_id)
         self._in_flight.choose(pending.future, decision.replica_ids[0])
         if not is_retry:
             self._record(decision, cluster, now_s)
-        by_id = {replica.replica_id.unique_id: replica for replica in candidates}
         ranked = [[by_id.pop(replica_id)] for replica_id in decision.replica_ids]
         return [*ranked, list(by_id.values())] if by_id else ranked
-
-    def _view(self, cluster: ClusterView, replica_id: str, digest: str, now_s: float) -> ReplicaView:
-        tier = Tier.ABSENT if digest else Tier.GPU
-        in_flight = self._in_flight.count(replica_id)
-        status = cluster.replicas.get(replica_id)
-        if status is None or now_s - status.received_at_s > self._max_report_age_s:
-            return ReplicaView(replica_id, tier, in_flight)
-        reported_s, sent = self._sent_at_report.get(replica_id, (None, 0))
-        if reported_s != status.received_at_s:
-            sent = self._in_flight.count_sent(replica_id)
-            self._sent_at_report[replica_id] = status.received_at_s, sent
-        if digest:
-            tier = cluster.tier(replica_id, digest)
-        return ReplicaView(replica_id, tier, in_flight, status.load, report_in_flight=sent)
 
     def _adapter(self, cluster: ClusterView, digest: str) -> Adapter:
         """What the catalog says of that content, which never changes; of unknown content, that it has no size."""
@@ -181,7 +172,7 @@ class AffinityRouter(RequestRouter):
     def _forget(self, replica_id: str) -> None:
         self._follower.forget(replica_id)
         self._in_flight.forget(replica_id)
-        self._sent_at_report.pop(replica_id, None)
+        self._reports.forget(replica_id)
 
 
 class InFlight:
@@ -199,6 +190,7 @@ class InFlight:
     def __init__(self) -> None:
         self._sent: Counter[str] = Counter()
         self._chosen: Counter[str] = Counter()
+        self._changed: set[str] = set()
         self._choices: dict[asyncio.Future[Any], str] = {}
 
     def count(self, replica_id: str) -> int:
@@ -213,6 +205,7 @@ class InFlight:
         """``request`` is about to be sent there, until it is done or withdrawn."""
         self._choices[request] = replica_id
         self._chosen[replica_id] += 1
+        self._changed.add(replica_id)
         request.add_done_callback(self.withdraw)
 
     def withdraw(self, request: asyncio.Future[Any]) -> bool:
@@ -222,20 +215,82 @@ class InFlight:
         if replica_id is None:
             return False
         _lower(self._chosen, replica_id)
+        self._changed.add(replica_id)
         return True
 
     def send(self, replica_id: str) -> None:
         """A request leaves for the replica."""
         self._sent[replica_id] += 1
+        self._changed.add(replica_id)
 
     def end(self, replica_id: str) -> None:
         """A request sent there has ended."""
         _lower(self._sent, replica_id)
+        self._changed.add(replica_id)
 
     def forget(self, replica_id: str) -> None:
         """The replica is gone."""
         self._sent.pop(replica_id, None)
         self._chosen.pop(replica_id, None)
+        self._changed.add(replica_id)
+
+    def take_changed(self) -> set[str]:
+        """The replicas whose counts have changed since this was last asked."""
+        changed, self._changed = self._changed, set()
+        return changed
+
+
+class Reports:
+    """The policy's table of replicas, kept up with Serve's list, the placement copy and this router's own requests."""
+
+    def __init__(self, in_flight: InFlight, max_age_s: float, salt: str = "") -> None:
+        """max_age_s: older reports count as none. salt: see ``ReplicaTable``."""
+        self._in_flight = in_flight
+        self._max_age_s = max_age_s
+        self._table = ReplicaTable(salt)
+        self._statuses: dict[str, ReplicaStatus | None] = {}
+        self._sent_at_report: dict[str, int] = {}
+        self._look_again_s = 0.0
+
+    def update(self, replicas: Mapping[str, Any], cluster: ClusterView, now_s: float) -> ReplicaTable:
+        """The table for a decision now over ``replicas``, by id; up to ``EXACT_UP_TO`` of them it lags in nothing."""
+        changed = self._in_flight.take_changed()
+        if replicas.keys() != self._statuses.keys():
+            for replica_id in self._statuses.keys() - replicas.keys():
+                self.forget(replica_id)
+            self._look_again_s = now_s
+        if len(replicas) > EXACT_UP_TO and now_s < self._look_again_s:
+            for replica_id in changed & replicas.keys():
+                self._put(replica_id, self._statuses[replica_id])
+            return self._table
+        self._look_again_s = now_s + _LOOK_PAUSE_S
+        for replica_id in replicas:
+            status = cluster.replicas.get(replica_id)
+            if status is not None and now_s - status.received_at_s > self._max_age_s:
+                status = None
+            known = replica_id in self._statuses
+            if not known or replica_id in changed or status is not self._statuses[replica_id]:
+                self._put(replica_id, status)
+        return self._table
+
+    def holders(self, cluster: ClusterView, digest: str) -> dict[str, Tier]:
+        """Where the adapter lies, by replicas whose reports are not too old."""
+        held = cluster.holders.get(digest, {})
+        return {replica_id: tier for replica_id, tier in held.items() if self._statuses.get(replica_id) is not None}
+
+    def forget(self, replica_id: str) -> None:
+        """The replica is gone."""
+        self._table.remove(replica_id)
+        self._statuses.pop(replica_id, None)
+        self._sent_at_report.pop(replica_id, None)
+
+    def _put(self, replica_id: str, status: ReplicaStatus | None) -> None:
+        if status is not self._statuses.get(replica_id):
+            self._sent_at_report[replica_id] = self._in_flight.count_sent(replica_id)
+        self._statuses[replica_id] = status
+        in_flight = self._in_flight.count(replica_id)
+        load, sent = (status.load, self._sent_at_report[replica_id]) if status is not None else (None, 0)
+        self._table.put(ReplicaView(replica_id, Tier.ABSENT, in_flight, load, report_in_flight=sent))
 
 
 def _lower(counts: Counter[str], key: str) -> None:

@@ -17,11 +17,13 @@ from chameleon_ray.policy.cache import AdapterCache, CacheConfig, Plan, State
 from chameleon_ray.policy.disciplines import QueueOptions
 from chameleon_ray.policy.queues import RequestQueues
 from chameleon_ray.policy.routing import LoadCosts, ReplicaLoad, ReplicaView, rank_replicas
+from chameleon_ray.policy.shortlist import ReplicaTable
 from chameleon_ray.policy.sizing import QueuedRequest, SizingOptions
 
 NUM_QUEUED = 1000
 NUM_ADAPTERS = 200
 NUM_REPLICAS = 64
+MANY_REPLICAS = 1000
 NUM_STEPS = 3000
 STEP_S = 0.03
 MAX_RUNNING = 64
@@ -229,8 +231,10 @@ def run(json_path: Path | None, num_steps: int = NUM_STEPS) -> int:
         if key.startswith(("scheduler_step_us", "cache_plan_us"))
     }
     results |= _summary("scheduler_refresh_us", refreshes_ns)
-    results |= _summary("router_rank_us", _measure_routing(num_steps))
-    results |= {"num_queued": NUM_QUEUED, "num_adapters": NUM_ADAPTERS, "num_replicas": NUM_REPLICAS}
+    results |= _summary("router_rank_us", _measure_routing(num_steps, NUM_REPLICAS))
+    results |= _summary("router_rank_many_us", _measure_routing(num_steps, MANY_REPLICAS))
+    results |= {"num_queued": NUM_QUEUED, "num_adapters": NUM_ADAPTERS}
+    results |= {"num_replicas": NUM_REPLICAS, "many_replicas": MANY_REPLICAS}
     results["scenarios"] = scenarios
     _progress("")
     _print_table(results, scenarios)
@@ -251,24 +255,32 @@ def _measure_steps(replica: _Replica, num_steps: int) -> tuple[list[int], list[i
     return queues_ns, cache_ns
 
 
-def _measure_routing(num_steps: int) -> list[int]:
+def _measure_routing(num_steps: int, num_replicas: int) -> list[int]:
+    """Nanoseconds of each decision: one replica has reported since the last one, each adapter has up to two holders."""
     rng = random.Random(0)
     costs = LoadCosts(10e9, 1e9, 0.2e9, 0.005, 0.2)
     adapters = [Adapter(f"{i:064x}", 16, 16 * RANK_BYTES) for i in range(NUM_ADAPTERS)]
+    names = [f"replica-{i}" for i in range(num_replicas)]
+    holders = {
+        adapter.digest: {rng.choice(names): rng.choice((Tier.HOST, Tier.GPU)) for _ in range(rng.randrange(3))}
+        for adapter in adapters
+    }
+
+    def view(name: str) -> ReplicaView:
+        load = ReplicaLoad(rng.randrange(64), 5, 64, 2.0, 0.1)
+        return ReplicaView(name, Tier.DISK, rng.randrange(30), load)
+
+    table = ReplicaTable()
+    for name in names:
+        table.put(view(name))
+    for adapter in adapters:
+        table.candidates(adapter, {})  # the first decision of each adapter ranks its homes
     spent_ns = []
     for _ in range(num_steps):
-        views = [
-            ReplicaView(
-                f"replica-{i}",
-                rng.choice(tuple(Tier)),
-                rng.randrange(30),
-                ReplicaLoad(rng.randrange(64), 5, 64, 2.0, 0.1),
-            )
-            for i in range(NUM_REPLICAS)
-        ]
-        adapter = rng.choice(adapters)
+        reported, adapter = view(rng.choice(names)), rng.choice(adapters)
         start_ns = thread_time_ns()
-        rank_replicas(adapter, views, costs)
+        table.put(reported)
+        rank_replicas(adapter, table.candidates(adapter, holders[adapter.digest]), costs)
         spent_ns.append(thread_time_ns() - start_ns)
     return spent_ns
 
@@ -293,8 +305,12 @@ def _print_table(results: dict[str, object], scenarios: dict[str, dict[str, floa
     for name, figures in scenarios.items():
         for what, key in (("scheduler step", "scheduler_step_us"), ("cache plan", "cache_plan_us")):
             rows.append((f"{what}, {name}", [figures[f"{key}_{label}"] for label in LABELS]))
-    for what, key in (("queue refresh", "scheduler_refresh_us"), ("routing decision", "router_rank_us")):
+    for what, key in (
+        ("queue refresh", "scheduler_refresh_us"),
+        (f"routing decision, {NUM_REPLICAS} replicas", "router_rank_us"),
+        (f"routing decision, {MANY_REPLICAS} replicas", "router_rank_many_us"),
+    ):
         rows.append((what, [results[f"{key}_{label}"] for label in LABELS]))
-    print(f"{NUM_QUEUED} queued requests, {NUM_ADAPTERS} adapters, {NUM_REPLICAS} replicas")
+    print(f"{NUM_QUEUED} queued requests, {NUM_ADAPTERS} adapters")
     for label, values in rows:
         print(f"{label:36}" + "".join(f"{value!s:>10}" for value in values))

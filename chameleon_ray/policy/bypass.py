@@ -58,6 +58,8 @@ class Bypasses:
 
     def squashes(self) -> tuple[str, ...]:
         """Bypassers to stop now: with the room they hold, the head that they overtook would fit."""
+        if not self._bypassers:
+            return ()
         heads = {
             entry.bypassed.order: entry.bypassed for entry in self._bypassers.values() if entry.bypassed is not None
         }

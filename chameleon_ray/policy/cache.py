@@ -55,6 +55,9 @@ __all__ = [
 ]
 
 
+_NOT_TO_BE_MOVED = (State.RESIDENT, State.LOADING, State.FETCHING)
+
+
 class AdapterCache:
     """Residency, reference counts and eviction order of one replica's adapters. See the module's head for its use."""
 
@@ -141,6 +144,14 @@ class AdapterCache:
             self._touch(entry, now_s)
         self._settle(entry)
 
+    @property
+    def settled(self) -> bool:
+        """Whether plans for needed adapters that are resident or on their way are empty until something changes."""
+        residency = self._residency
+        waiting = residency.to_load.order or residency.to_fetch.order
+        unused = residency.idle and not POLICIES[self.config.policy].keeps_idle
+        return not (waiting or unused or residency.retired or self.config.histogram_prefetch)
+
     def plan(self, needed: Iterable[str], free_blocks: int, now_s: float) -> Plan:
         """What to evict, load and fetch now, by the rules in ``policy/planning.py``.
 
@@ -148,6 +159,8 @@ class AdapterCache:
         free_blocks: what the pool has left once the next batch's KV is set aside; negative: evict for the KV as well.
         """
         entries = [self._residency.entry(digest) for digest in dict.fromkeys(needed)]
+        if free_blocks >= 0 and self.settled and all(entry.state in _NOT_TO_BE_MOVED for entry in entries):
+            return Plan(version=self._version)
         may_prefetch = self.config.prefetch and now_s >= self._prefetch_from_s
         return self._planner.draft(self._version, entries, free_blocks, now_s, may_prefetch)
 

@@ -20,7 +20,6 @@ The rules
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from math import inf
 
 from chameleon_ray.policy.admission import AdapterRoom, Admission, Admitted, Obstacle, QueuesState, QueueState
@@ -87,6 +86,16 @@ class RequestQueues:
         """Requests admitted and not ended."""
         return len(self._set.running)
 
+    @property
+    def settled(self) -> bool:
+        """Whether nobody waits and nothing of the last step lingers: steps change nothing until ``refresh_at_s``."""
+        return not self.num_waiting and not any(queue.stuck for queue in self._set.queues)
+
+    @property
+    def refresh_at_s(self) -> float:
+        """When the next refresh by time is due; infinite before the first one."""
+        return self._refresh_at_s
+
     def add(self, request: QueuedRequest, now_s: float) -> None:
         """A request arrives. Raises QueueError for an id that is in use."""
         if request.request_id in self:
@@ -103,6 +112,9 @@ class RequestQueues:
         self._now_s = now_s
         if now_s >= self._refresh_at_s or self._window.num_arrived >= self._refresh_at_arrival:
             self.refresh(now_s)
+        if self.settled:
+            self._held, self._unreached, self._walk = None, list(self._set.queues), self._offer_nobody()
+            return
         self._set.recall(self._room.admission, _MAX_ASKED)
         held = self._most_overtaken()
         self._num_holds += held is not None and held is not self._held
@@ -223,8 +235,8 @@ class RequestQueues:
     def _tokens_now(self, entry: Entry) -> int:
         """What the request would borrow if it ran now (rule 2)."""
         request = entry.request
-        if request.adapter is not None and self._set.adapters_in_use[request.adapter.digest]:
-            request = replace(request, adapter=None)
+        if request.adapter is not None and request.adapter.digest in self._set.adapters_in_use:
+            return request.num_prompt_tokens + request.num_predicted_tokens
         return request_tokens(request, self._options.sizing)
 
     def _classify(self, entry: Entry) -> None:
@@ -268,6 +280,10 @@ class RequestQueues:
         for queue in self._set.queues:
             if queue.resume is not None and queue.resume.place is Place.WAITING:
                 yield from self._offer_queue(queue, queue.resume, spare=True)
+
+    def _offer_nobody(self) -> Iterator[Entry]:
+        self._unreached.clear()
+        yield from ()
 
     def _offer_queue(self, queue: SizeQueue, entry: Entry | None, spare: bool) -> Iterator[Entry]:
         self._head = None

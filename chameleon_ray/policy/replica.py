@@ -228,12 +228,20 @@ class ReplicaPolicy:
         """
         if not (self._changed or self._needed or now_s >= self._planned_at_s + IDLE_PLAN_INTERVAL_S):
             return Plan(version=-1)
+        if not self._needed and self._blocked is None and self.cache.settled:
+            self._changed, self._planned_at_s = False, now_s
+            return Plan(version=-1)
         if self._blocked is not None and self.cache.knows(self._blocked):
             self._needed[self._blocked] = None
         plan = self.cache.plan(self._needed, max(0, self._pool.free_blocks() - reserved_blocks), now_s)
         self._commit(plan, now_s)
         self._blocked, self._changed, self._planned_at_s = plan.blocked, False, now_s
         return plan
+
+    def quiet_until_s(self) -> float:
+        """Until when steps would decide nothing, provided that nothing happens before; in the past: they might."""
+        quiet = not self._changed and self._blocked is None and self.cache.settled and self.queues.settled
+        return self.queues.refresh_at_s if quiet else float("-inf")
 
     def make_room(self, num_blocks: int, now_s: float, *, for_request: str = "", or_nothing: bool = False) -> Plan:
         """Evictions, committed, that give ``num_blocks`` to the KV cache, or as many as idle adapters hold.

@@ -166,7 +166,7 @@ class Residency:
         self._digest_of[request_id] = entry.digest
         entry.queued[request_id] = self._num_arrivals
         self._num_arrivals += 1
-        self._regroup(entry)
+        self._wanted_otherwise(entry)
 
     def acquire(self, request_id: str) -> Entry:
         """A queued request starts to run; returns its adapter's entry."""
@@ -175,7 +175,7 @@ class Residency:
             waits = "runs already" if request_id in entry.running else f"waits for an adapter that is {entry.state}"
             raise IllegalChange(f"request {request_id} cannot start: it {waits}")
         entry.running[request_id] = entry.queued.pop(request_id)
-        self._regroup(entry)
+        self._wanted_otherwise(entry)
         return entry
 
     def requeue(self, request_id: str) -> Entry:
@@ -185,7 +185,7 @@ class Residency:
             raise IllegalChange(f"request {request_id} is not running: it cannot be queued again")
         entry.queued[request_id] = entry.running.pop(request_id)
         entry.queued = dict(sorted(entry.queued.items(), key=lambda item: item[1]))
-        self._regroup(entry)
+        self._wanted_otherwise(entry)
         return entry
 
     def release(self, request_id: str) -> Entry:
@@ -194,7 +194,7 @@ class Residency:
         del self._digest_of[request_id]
         entry.running.pop(request_id, None)
         entry.queued.pop(request_id, None)
-        self._regroup(entry)
+        self._wanted_otherwise(entry)
         return entry
 
     def start_fetch(self, entry: Entry) -> None:
@@ -312,12 +312,25 @@ class Residency:
             (self.fetching, state is State.FETCHING),
         )
 
+    def _wanted_otherwise(self, entry: Entry) -> None:
+        """``_regroup`` where only its requests have changed."""
+        if entry.state is State.RESIDENT:
+            if entry.running:
+                self.idle.pop(entry.digest, None)
+            else:
+                self.idle[entry.digest] = entry
+        else:
+            self._line_up(entry)
+
     def _regroup(self, entry: Entry) -> None:
         for group, belongs in self._groups(entry):
             if belongs:
                 group[entry.digest] = entry
             else:
                 group.pop(entry.digest, None)
+        self._line_up(entry)
+
+    def _line_up(self, entry: Entry) -> None:
         oldest = next(iter(entry.queued.values()), None)
         self.to_load.put(entry.digest, oldest if entry.state in _LOADABLE else None)
         self.to_fetch.put(entry.digest, oldest if entry.state in _FETCHABLE else None)

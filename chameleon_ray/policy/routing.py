@@ -11,7 +11,8 @@ The rules, in order:
    costs clearly more than loading at the second, and comes back when that ends.
 
 Nothing is remembered between decisions: routers in several processes agree as far as their hints do, and small
-differences between the hints stay inside the hysteresis. One decision takes time linear in the number of replicas.
+differences between the hints stay inside the hysteresis. One decision takes time linear in the number of replicas
+given: of a large cluster, ``shortlist.py`` says which are worth giving.
 """
 
 import hashlib
@@ -153,17 +154,20 @@ def rank_replicas(
     load_times_s = _load_times_s(adapter, costs) if cluster.has_hints else (0.0,) * len(Tier)
     expected_s = {}
     for view in replicas:
-        ttft_s = cluster.queueing_s(view) + load_times_s[view.tier]
-        if view.load is not None and view.tier < Tier.GPU:
+        tier = view.tier
+        ttft_s = cluster.queueing_s(view) + load_times_s[tier]
+        if view.load is not None and tier != Tier.GPU:
             ttft_s += view.load.eviction_cost_s
         expected_s[view.replica_id] = cluster.ttft_s + ttft_s
 
     best_s = min(expected_s.values())
     bound_s = max(best_s * (1 + costs.hysteresis), best_s + MIN_GAIN_S)
-    good = [view for view in replicas if expected_s[view.replica_id] <= bound_s]
-    worse = [view for view in replicas if expected_s[view.replica_id] > bound_s]
+    good: list[ReplicaView] = []
+    worse: list[ReplicaView] = []
+    for view in replicas:
+        (good if expected_s[view.replica_id] <= bound_s else worse).append(view)
     preference = _preference(adapter)
-    ranked = heapq.nsmallest(NUM_RANKED, good, key=preference)
+    ranked = _most_preferred(NUM_RANKED, good, preference)
     first = ranked[0]
     if len(ranked) < NUM_RANKED:
         ranked += _soonest(NUM_RANKED - len(ranked), worse, expected_s, adapter.digest)
@@ -203,8 +207,8 @@ class _Cluster:
         loads = [view.load for view in replicas if view.load is not None]
         return _Cluster(
             has_hints=bool(loads) or any(view.tier > Tier.ABSENT for view in replicas),
-            ttft_s=_mean([load.ttft_s for load in loads if load.ttft_s > 0], UNKNOWN_TTFT_S),
-            service_s=_mean([load.service_s for load in loads if load.service_s > 0], UNKNOWN_SERVICE_S),
+            ttft_s=_mean([ttft_s for load in loads if (ttft_s := load.ttft_s) > 0], UNKNOWN_TTFT_S),
+            service_s=_mean([service_s for load in loads if (service_s := load.service_s) > 0], UNKNOWN_SERVICE_S),
             max_running=_mean([load.max_running for load in loads], UNKNOWN_MAX_RUNNING),
         )
 
@@ -221,12 +225,14 @@ class _Cluster:
             num_requests, num_waiting = view.in_flight, 0
             max_running, service_s = self.max_running, self.service_s
         else:
-            sent_since = max(0, view.in_flight - view.report_in_flight)
+            sent_since = view.in_flight - view.report_in_flight
             num_waiting = load.num_waiting
-            num_requests = load.num_running + num_waiting + sent_since
+            num_requests = load.num_running + num_waiting + (sent_since if sent_since > 0 else 0)
             max_running, service_s = load.max_running, load.service_s or self.service_s
         delay_s = self.ttft_s * num_requests / max_running if num_requests < max_running else self.ttft_s
-        num_excess = max(num_requests - max_running + 1, num_waiting)
+        num_excess = num_requests - max_running + 1
+        if num_excess < num_waiting:
+            num_excess = num_waiting
         return delay_s + service_s * num_excess / max_running if num_excess > 0 else delay_s
 
 
@@ -245,6 +251,20 @@ def _load_times_s(adapter: Adapter, costs: LoadCosts) -> tuple[float, ...]:
 def _preference(adapter: Adapter) -> Callable[[ReplicaView], tuple[int, int, str]]:
     """The sort key of an adapter's order of preference over replicas."""
     return lambda view: (-view.tier, -rendezvous_weight(adapter.digest, view.replica_id), view.replica_id)
+
+
+def _most_preferred(
+    count: int, replicas: Iterable[ReplicaView], preference: Callable[[ReplicaView], tuple[int, int, str]]
+) -> list[ReplicaView]:
+    """As sorting by ``preference`` would have it; without the weights of tiers that are not reached."""
+    by_tier: list[list[ReplicaView]] = [[] for _ in Tier]
+    for view in replicas:
+        by_tier[view.tier].append(view)
+    ranked: list[ReplicaView] = []
+    for views in reversed(by_tier):
+        if views and len(ranked) < count:
+            ranked += heapq.nsmallest(count - len(ranked), views, key=preference)
+    return ranked
 
 
 def _soonest(

@@ -1,5 +1,6 @@
 """``chameleon sim cluster``: many replicas behind a router with stale hints; replicas die and join."""
 
+import gc
 import json
 import math
 from array import array
@@ -11,7 +12,7 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from chameleon_ray.policy.adapter import Tier
 from chameleon_ray.policy.cache import State
@@ -23,7 +24,7 @@ from chameleon_ray.sim.parallel import map_tasks, show_progress
 from chameleon_ray.sim.replica import EngineMode, Job, SimReplica
 from chameleon_ray.sim.routers import ROUTERS, Hints, make_router
 from chameleon_ray.sim.scenario import PolicySettings, make_predictor, replica_config
-from chameleon_ray.sim.workload import SimRequest, WorkloadConfig, generate, make_adapters
+from chameleon_ray.sim.workload import AdapterMix, SimRequest, WorkloadConfig, generate, make_adapters
 
 
 class ClusterScenario(BaseModel):
@@ -54,6 +55,12 @@ class ClusterScenario(BaseModel):
             raise ValueError(f"{routing!r} is not one of {', '.join(ROUTERS)}")
         return routing
 
+    @model_validator(mode="after")
+    def _some_survive(self) -> "ClusterScenario":
+        if len(self.failures_s) >= self.num_replicas + len(self.joins_s):
+            raise ValueError("failures_s leaves no replica alive: requests would wait for ever")
+        return self
+
 
 @dataclass(frozen=True, slots=True)
 class ClusterResult:
@@ -72,14 +79,63 @@ class ClusterResult:
     events: int
 
 
+class ClusterError(ValueError):
+    """The cluster cannot be simulated as asked for; the message names each setting and what is wrong with it."""
+
+
+def scenario_of(
+    *,
+    num_replicas: int,
+    num_requests: int,
+    requests_per_s_each: float,
+    num_adapters: int,
+    length_scale: float = 1.0,
+    exponent: float = 1.0,
+    drift_s: float = 0.0,
+    base_share: float = 0.0,
+    hint_delay_s: float = 0.1,
+    cost_model: str = "a40-llama-7b",
+    seed: int = 0,
+) -> ClusterScenario:
+    """About ``num_requests`` Poisson arrivals, the first tenth of the time not reported. Raises ClusterError.
+
+    requests_per_s_each: per replica. The rest: see ``ClusterScenario``, ``WorkloadConfig`` and ``AdapterMix``.
+    """
+    if min(num_replicas, num_requests, requests_per_s_each) <= 0:
+        raise ClusterError("replicas, requests and their rate must be more than 0")
+    rate = requests_per_s_each * num_replicas
+    duration_s = num_requests / rate
+    try:
+        adapters = AdapterMix(count=num_adapters, exponent=exponent, drift_s=drift_s, base_share=base_share)
+        workload = WorkloadConfig(
+            requests_per_s=rate,
+            duration_s=duration_s,
+            warmup_s=duration_s / 10,
+            length_scale=length_scale,
+            adapters=adapters,
+        )
+        return ClusterScenario(
+            workload=workload, num_replicas=num_replicas, hint_delay_s=hint_delay_s, cost_model=cost_model, seed=seed
+        )
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ClusterError(problems) from None
+
+
 def run(
     scenario: ClusterScenario,
-    routings: Iterable[str] = tuple(ROUTERS),
+    routings: Iterable[str] = (),
     json_path: Path | None = None,
     num_workers: int | None = None,
 ) -> int:
-    """Simulate the scenario with each routing policy, print a table; the exit status. Raises CostModelError."""
-    names = list(routings)
+    """Simulate the scenario with each routing policy (none named: all), print a table; the exit status.
+
+    Raises ClusterError, CostModelError.
+    """
+    names = list(routings) or list(ROUTERS)
+    for name in names:
+        if name not in ROUTERS:
+            raise ClusterError(f"no routing policy {name!r}: choose from {', '.join(ROUTERS)}")
     load_cost_model(scenario.cost_model)
     results = map_tasks(simulate_cluster, [_with(scenario, name) for name in names], "simulating", num_workers)
     titles = ("TTFT P50", "P99", "hits", "loads/req", "copies", "imbalance", "retries")
@@ -111,7 +167,7 @@ class _Cluster:
         self._costs = costs
         self._config = replica_config(costs, scenario.policy)
         self._replicas: list[SimReplica] = []
-        self._hints = Hints(0)
+        self._hints = Hints()
         links = costs.links
         load_costs = LoadCosts(
             links.host_bytes_s, links.disk_bytes_s, links.source_bytes_s, links.overhead_s, scenario.hysteresis
@@ -138,8 +194,12 @@ class _Cluster:
             first_s = self._scenario.report_s * (index + 1) / self._scenario.num_replicas
             events.append((first_s, partial(self._report, index)))
         self._total = len(requests)
-        _, num_events = run_events(events)
-        show_progress("", None)
+        gc.freeze()  # a million requests are no garbage: the collector need not look at them again and again
+        try:
+            _, num_events = run_events(events)
+        finally:
+            gc.unfreeze()
+            show_progress("", None)
         return self._result(num_events)
 
     def _result(self, num_events: int) -> ClusterResult:
@@ -180,7 +240,7 @@ class _Cluster:
         return [*self._route(request, now_s), *self._next_arrival(rest)]
 
     def _route(self, request: SimRequest, now_s: float) -> Iterable[Event]:
-        if not self._hints.alive:
+        if not self._hints.members:
             return [(now_s + 1.0, partial(self._route, request))]
         index = self._router.choose(request)
         replica = self._replicas[index]
@@ -189,14 +249,14 @@ class _Cluster:
             self._num_retries += 1
             return [(now_s + max(self._scenario.hint_delay_s, 1e-3), partial(self._route, request))]
         self._at[request.request_id] = index
-        self._hints.in_flight[index] += 1
+        self._hints.count(index, 1)
         if request.adapter is not None and not replica.policy.cache.knows(request.adapter.digest):
             replica.add_adapter(request.adapter, Tier.DISK, now_s)
         return replica.arrive(request, now_s)
 
     def _ended(self, job: Job, now_s: float) -> None:
         index = self._at.pop(job.request.request_id)
-        self._hints.in_flight[index] -= 1
+        self._hints.count(index, -1)
         if job.outcome == "lost":
             return
         self._num_left += 1
@@ -229,11 +289,10 @@ class _Cluster:
     def _report(self, index: int, now_s: float) -> Iterable[Event]:
         if not self._replicas[index].alive or self._num_left == self._total:
             return ()
-        load, in_flight = self._replicas[index].policy.load(), int(self._hints.in_flight[index])
+        load, in_flight = self._replicas[index].policy.load(), self._hints.in_flight[index]
 
         def heard(now_s: float) -> Iterable[Event]:
-            if index in self._hints.alive:
-                self._hints.loads[index] = (load, in_flight)
+            self._hints.report(index, load, in_flight)
             return ()
 
         return [

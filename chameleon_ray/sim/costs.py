@@ -9,6 +9,7 @@ batch takes
 a roofline: reading weights and KV cache, or arithmetic, whichever is longer; then the LoRA kernels.
 """
 
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Annotated
@@ -83,6 +84,19 @@ class CostModel(_Part):
         reading_s = step.weights_read_s + step.kv_read_s * context_tokens
         base_s = step.overhead_s + max(reading_s, step.token_s * tokens)
         return base_s + step.token_rank_s * token_ranks + step.adapter_read_s * adapter_bytes
+
+    def step_s_by_context(self, tokens: int, token_ranks: float, adapter_bytes: float) -> Callable[[int], float]:
+        """``step_s`` as a function of ``context_tokens`` alone, for many steps that differ in nothing else."""
+        step = self.step
+        overhead_s, weights_read_s, kv_read_s = step.overhead_s, step.weights_read_s, step.kv_read_s
+        arithmetic_s = step.token_s * tokens
+        ranks_s, adapters_s = step.token_rank_s * token_ranks, step.adapter_read_s * adapter_bytes
+
+        def step_s(context_tokens: int) -> float:
+            reading_s = weights_read_s + kv_read_s * context_tokens
+            return overhead_s + (reading_s if reading_s > arithmetic_s else arithmetic_s) + ranks_s + adapters_s
+
+        return step_s
 
     def adapter_blocks(self, size_bytes: int) -> int:
         """KV blocks that an adapter of so many bytes takes."""

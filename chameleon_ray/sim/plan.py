@@ -2,9 +2,13 @@
 
 One replica is simulated with its share of the traffic, spread evenly and at random (every replica sees all adapters):
 a router that keeps adapters together does no worse. ``chameleon sim cluster`` shows by how much it does better.
+
+The search begins at the fewest replicas whose arithmetic keeps up with the traffic: with fewer, queues grow for as long
+as it lasts, whatever a short run shows. So no run is grossly overloaded, and a plan takes twenty runs or so.
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,8 +16,10 @@ from chameleon_ray.sim.costs import CostModel, load_cost_model
 from chameleon_ray.sim.grid import load_grid
 from chameleon_ray.sim.parallel import show_progress
 from chameleon_ray.sim.scenario import Scenario, simulate
+from chameleon_ray.sim.workload import generate, make_adapters
 
 _MOST_REPLICAS = 100_000
+_SAMPLED_REQUESTS = 2000
 _RELIEF = 2.0
 """What binds is found by making one resource so much larger at a time."""
 
@@ -26,7 +32,8 @@ class PlanError(ValueError):
 class Plan:
     """num_replicas: the smallest number that holds the SLO. ttft_p99_s: at that number.
 
-    binds: of memory, link and compute, the one that, doubled, lowers the P99 TTFT of one replica fewer most.
+    one_fewer_p99_s: P99 TTFT with one replica fewer (of a single one: with it).
+    binds: of memory, link and compute, the one that, doubled, lowers that P99 most.
     relieved_p99_s: that P99 with each of them doubled.
     """
 
@@ -34,6 +41,7 @@ class Plan:
     ttft_p99_s: float
     requests_per_s_each: float
     busy_share: float
+    one_fewer_p99_s: float
     binds: str
     relieved_p99_s: dict[str, float]
 
@@ -47,7 +55,10 @@ def run(path: Path, slo_s: float, json_path: Path | None = None) -> int:
     found = plan(scenario, load_cost_model(scenario.cost_model), slo_s)
     print(
         f"{found.num_replicas} replicas hold a P99 TTFT of {slo_s:g} s: {found.ttft_p99_s:.3g} s at "
-        f"{found.requests_per_s_each:.3g} requests/s each. What binds: {found.binds}."
+        f"{found.requests_per_s_each:.3g} requests/s each. What binds: {found.binds} (one replica "
+        f"fewer: {found.one_fewer_p99_s:.3g} s; with twice the "
+        + ", ".join(f"{name}: {p99_s:.3g} s" for name, p99_s in found.relieved_p99_s.items())
+        + ")."
     )
     if json_path is not None:
         json_path.write_text(json.dumps(asdict(found), indent=2) + "\n", encoding="utf-8")
@@ -67,35 +78,54 @@ def plan(scenario: Scenario, costs: CostModel, slo_s: float) -> Plan:
         figures = known[count]
         return figures["ttft_p99_s"] <= slo_s and not figures["refused"]
 
-    high = 1
+    first = high = fewest_replicas(scenario, costs)
     while not holds(high):
         if known[high]["refused"]:
             raise PlanError("some requests never fit one replica's memory: more replicas do not help")
         high *= 2
         rate = scenario.workload.requests_per_s / high
-        if high > _MOST_REPLICAS or rate * scenario.workload.duration_s < 20:
+        if high > max(_MOST_REPLICAS, 2 * first) or rate * scenario.workload.duration_s < 20:
             show_progress("", None)
             raise PlanError(
                 f"{high // 2} replicas still miss the SLO ({known[high // 2]['ttft_p99_s']:.3g} s): an idle replica "
                 f"needs longer than {slo_s:g} s, or the run is too short to tell (raise workload.duration_s)"
             )
-    low = high // 2
+    low = high // 2 if high > first else first - 1
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle, high)
+    fewer = max(1, high - 1)
+    if fewer not in known:
+        known[fewer] = _share(scenario, costs, fewer)
     relieved = {}
     for name, larger in _relieved(costs).items():
         show_progress(f"twice the {name}", 0.9)
-        relieved[name] = _share(scenario, larger, max(1, high - 1))["ttft_p99_s"]
+        relieved[name] = _share(scenario, larger, fewer)["ttft_p99_s"]
     show_progress("", None)
     return Plan(
         num_replicas=high,
         ttft_p99_s=known[high]["ttft_p99_s"],
         requests_per_s_each=scenario.workload.requests_per_s / high,
         busy_share=known[high]["busy_share"],
+        one_fewer_p99_s=known[fewer]["ttft_p99_s"],
         binds=min(relieved, key=lambda name: relieved[name]),
         relieved_p99_s=relieved,
     )
+
+
+def fewest_replicas(scenario: Scenario, costs: CostModel) -> int:
+    """How many it takes for the arithmetic of prompts, outputs and LoRA alone, if every step were full."""
+    workload = scenario.workload
+    rate = min(workload.requests_per_s, _SAMPLED_REQUESTS / workload.duration_s)
+    adapters = make_adapters(workload.adapters, costs.memory.adapter_bytes_per_rank)
+    sampled = workload.model_copy(update={"requests_per_s": rate})
+    requests = generate(sampled, adapters, costs.limits.max_model_len, scenario.seed)
+    busy_s = sum(
+        (request.num_prompt_tokens + request.num_output_tokens - 1)
+        * (costs.step.token_s + costs.step.token_rank_s * (request.adapter.rank if request.adapter else 0))
+        for request in requests
+    )
+    return max(1, math.ceil(workload.requests_per_s * busy_s / max(1, len(requests))))
 
 
 def _share(scenario: Scenario, costs: CostModel, count: int) -> dict[str, float]:

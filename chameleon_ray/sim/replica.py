@@ -4,8 +4,12 @@ A step decodes one token for every request whose prompt is computed, and spends 
 (chunked prefill), oldest admission first. Decoding costs the simulator nothing per request: the step at which a request
 needs its next KV block, and the one at which it ends, are known when its prompt is done. As vLLM does, memory that runs
 out is first taken from idle adapters, then from the request admitted last (preempted, to be computed again).
+
+Steps between which nothing is decided are one event, a span: no prompt is computed, nobody ends before its last step,
+memory suffices, and the policy is not to be asked. What happens during a span cuts it at the end of the step under way.
 """
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -117,6 +121,8 @@ class SimReplica:
         self._ends_at: defaultdict[int, list[Job]] = defaultdict(list)
         self._grows_at: defaultdict[int, list[Job]] = defaultdict(list)
         self._stepping = self._dirty = False
+        self._step_ends_s: list[float] = []
+        self._step_durations_s: list[float] = []
         self._stalled_by: set[str] = set()
         self._may_stall = True
         self._next_pass_s = 0.0
@@ -197,9 +203,15 @@ class SimReplica:
     # Steps
 
     def _wake(self, now_s: float) -> Iterable[Event]:
-        if self._stepping or self._stalled_by or not self.alive:
+        if self._stalled_by or not self.alive:
             return ()
-        return self._begin_step(now_s)
+        if not self._stepping:
+            return self._begin_step(now_s)
+        last = bisect_left(self._step_ends_s, now_s)
+        if last + 1 >= len(self._step_ends_s):
+            return ()
+        del self._step_ends_s[last + 1 :]
+        return [(self._step_ends_s[last], self._end_steps)]
 
     def _begin_step(self, now_s: float) -> Iterable[Event]:
         events: list[Event] = []
@@ -225,19 +237,53 @@ class SimReplica:
             num_tokens += chunk
             budget -= chunk
             job.prefill_left -= chunk
-        duration_s = self.costs.step_s(num_tokens, context, token_ranks, self._batch_adapter_bytes)
-        self.busy_s += duration_s
+        self._step_durations_s = [self.costs.step_s(num_tokens, context, token_ranks, self._batch_adapter_bytes)]
+        self._step_ends_s = [now_s + self._step_durations_s[0]]
+        if not self._prefilling:
+            self._extend_span()
         self._stepping = True
-        events.append((now_s + duration_s, self._end_step))
+        events.append((self._step_ends_s[-1], self._end_steps))
         return events
 
-    def _end_step(self, now_s: float) -> Iterable[Event]:
-        if not self.alive:
-            return ()
+    def _extend_span(self) -> None:
+        """Add the steps that follow the first one until something may have to be decided."""
+        if self._dirty or self.mode.check_every:
+            return
+        quiet_until_s = self.policy.quiet_until_s()
+        num_tokens, context = self._num_decoding, self._decode_context
+        step_s = self.costs.step_s_by_context(num_tokens, self._decode_ranks, self._batch_adapter_bytes)
+        grows_at, ends_at, next_pass_s = self._grows_at, self._ends_at, self._next_pass_s
+        free_blocks, number, end_s = self.free_blocks(), self.num_steps + 1, self._step_ends_s[0]
+        # In so many steps no request grows twice: those that grow in them are known.
+        for following in range(number + 1, number + self.costs.memory.block_tokens):
+            if end_s >= next_pass_s:
+                if end_s >= quiet_until_s:
+                    break
+                next_pass_s = end_s + _PASS_INTERVAL_S
+            if following in grows_at:
+                free_blocks -= len(grows_at[following])
+            if following - 1 in ends_at or free_blocks < 0:
+                break
+            context += num_tokens
+            duration_s = step_s(context)
+            end_s += duration_s
+            self._step_durations_s.append(duration_s)
+            self._step_ends_s.append(end_s)
+        self._next_pass_s = next_pass_s
+
+    def _end_steps(self, now_s: float) -> Iterable[Event]:
+        if not self.alive or not self._stepping or now_s != self._step_ends_s[-1]:
+            return ()  # the replica died, or the span was cut and has ended before
         self._stepping = False
         self._may_stall = True
-        self.num_steps += 1
-        self._decode_context += self._num_decoding
+        for place, duration_s in enumerate(self._step_durations_s[: len(self._step_ends_s)]):
+            self.num_steps += 1
+            self.busy_s += duration_s
+            self._decode_context += self._num_decoding
+            if place:
+                for job in self._grows_at.pop(self.num_steps, ()):
+                    if job.grow_step == self.num_steps:
+                        self._take_block(job)
         for job in self._ends_at.pop(self.num_steps, ()):
             if job.end_step == self.num_steps:
                 self._finish(job, now_s)
@@ -346,9 +392,14 @@ class SimReplica:
             if not plan.evict:
                 self._preempt(next(reversed(self.batch.values())), now_s)
         if request_id in self.batch:
-            job.kv_blocks += 1
-            self._kv_blocks += 1
-            self._plan_growth(job)
+            self._take_block(job)
+
+    def _take_block(self, job: Job) -> None:
+        job.kv_blocks += 1
+        self._kv_blocks += 1
+        job.grow_step += self.costs.memory.block_tokens
+        if job.grow_step <= job.end_step:
+            self._grows_at[job.grow_step].append(job)
 
     def _preempt(self, job: Job, now_s: float, squashed: bool = False) -> None:
         if job.request.request_id not in self._prefilling:

@@ -1,19 +1,15 @@
 """Simulated clusters: nobody is lost through deaths and joins, and routing policies differ as they should."""
 
-from random import Random
+import json
 
-import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from chameleon_ray.policy.adapter import Tier
-from chameleon_ray.policy.routing import LoadCosts, ReplicaLoad
+from chameleon_ray import cli
 from chameleon_ray.sim.cluster import ClusterScenario, simulate_cluster
-from chameleon_ray.sim.routers import ROUTERS, Affinity, Hints
+from chameleon_ray.sim.routers import ROUTERS
 from chameleon_ray.sim.scenario import PolicySettings
-from chameleon_ray.sim.workload import AdapterMix, SimRequest, WorkloadConfig, make_adapters
-
-COSTS = LoadCosts(1e10, 2e9, 2e8, 0.0, 0.2)
+from chameleon_ray.sim.workload import AdapterMix, WorkloadConfig
 
 
 def cluster(routing="affinity", num_replicas=4, rate=16.0, duration_s=20.0, count=200, **settings):
@@ -64,19 +60,35 @@ def test_unknown_routing_is_refused_with_the_choices():
         cluster("best")
 
 
-def test_the_shortlist_of_large_clusters_decides_as_the_whole_cluster_would():
-    rng, num_replicas = np.random.default_rng(5), 200
-    adapters = make_adapters(AdapterMix(count=300), 2_000_000)
-    hints = Hints(num_replicas)
-    for index in range(num_replicas):
-        waiting = int(rng.integers(0, 20)) if rng.random() < 0.3 else 0
-        running = int(rng.integers(0, 60))
-        hints.in_flight[index] = running + waiting
-        hints.loads[index] = (ReplicaLoad(running, waiting, 64, 5.0, 0.1), running + waiting)
-    for adapter in adapters:
-        for index in rng.integers(0, num_replicas, size=int(rng.integers(0, 4))):
-            hints.set_tier(adapter.digest, int(index), Tier.GPU if rng.random() < 0.7 else Tier.HOST)
-    whole, short = (Affinity(hints, Random(0), COSTS, shortlist=shortlist) for shortlist in (False, True))
-    requests = [SimRequest(adapter.digest, 0.0, 100, 100, adapter) for adapter in adapters]
-    same = sum(whole.choose(request) == short.choose(request) for request in requests)
-    assert same >= 0.95 * len(requests)
+def test_deaths_that_leave_nobody_are_refused():
+    with pytest.raises(ValidationError, match="leaves no replica alive"):
+        cluster(num_replicas=2, failures_s=[1.0, 2.0])
+
+
+def test_the_command_line_runs_the_policies_named_and_writes_their_figures(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    arguments = ["--replicas", "3", "--adapters", "30", "--requests", "60", "--skew", "0.5", "--drift", "2"]
+    command = ["sim", "cluster", *arguments, "--routing", "random,affinity", "--json", str(out)]
+    assert cli.main(command) == 0
+    figures = json.loads(out.read_text())
+    assert list(figures["routing"]) == ["random", "affinity"]
+    assert figures["scenario"]["workload"]["adapters"]["exponent"] == 0.5
+    assert figures["scenario"]["workload"]["adapters"]["drift_s"] == 2.0
+    assert all(figures["routing"][name]["requests"] > 30 for name in ("random", "affinity"))
+    assert "affinity" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--routing", "best"], "no routing policy 'best': choose from affinity"),
+        (["--replicas", "0"], "must be more than 0"),
+        (["--rate", "-1"], "must be more than 0"),
+        (["--skew", "-1"], "exponent: Input should be greater than or equal to 0"),
+        (["--base-share", "1.5"], "base_share: Input should be less than or equal to 1"),
+        (["--cost-model", "b200"], "no cost model 'b200'"),
+    ],
+)
+def test_impossible_clusters_are_refused_with_the_setting(arguments, message, capsys):
+    assert cli.main(["sim", "cluster", *arguments]) == 1
+    assert message in capsys.readouterr().err

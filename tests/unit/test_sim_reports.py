@@ -67,6 +67,24 @@ def test_a_plan_is_the_smallest_number_that_holds_and_names_what_binds():
     assert fewer.summary()["ttft_p99_s"] > 1.5
 
 
+def test_much_traffic_takes_proportionally_many_replicas_and_no_overloaded_runs(monkeypatch):
+    costs = load_cost_model("a40-llama-7b")
+    runs = []
+
+    def recorded(scenario, costs):
+        runs.append(scenario.workload.requests_per_s)
+        return simulate(scenario, costs)
+
+    monkeypatch.setattr("chameleon_ray.sim.plan.simulate", recorded)
+    found = {}
+    for rate in (30.0, 3000.0):
+        workload = {"requests_per_s": rate, "duration_s": 20.0, "warmup_s": 4.0, "length_scale": 0.34}
+        found[rate] = plan(Scenario.model_validate({"workload": workload}), costs, slo_s=2.0).num_replicas
+    assert found[3000.0] == pytest.approx(100 * found[30.0], rel=0.35)
+    assert len(runs) < 40
+    assert max(runs) < 20.0
+
+
 def test_an_slo_that_nothing_holds_is_an_error():
     costs = load_cost_model("a40-llama-7b")
     scenario = Scenario.model_validate({"workload": {"requests_per_s": 8.0, "duration_s": 30.0, "warmup_s": 1.0}})
