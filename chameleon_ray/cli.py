@@ -1,6 +1,7 @@
 """The ``chameleon`` command."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("folder", type=Path, nargs="?", default=Path("demo"))
     demo.add_argument("--force", action="store_true", help="make it again although it is there")
     demo.set_defaults(run=_demo)
+    queues = commands.add_parser("queues", help="the live queues and adapter caches of a running application")
+    queues.add_argument("--url", default="http://127.0.0.1:8000", help="of the application (default: %(default)s)")
+    queues.add_argument("--api-key", metavar="KEY", help="if it asks for one (default: $OPENAI_API_KEY)")
+    queues.add_argument("--watch", type=float, metavar="S", help="show them again every S seconds")
+    queues.set_defaults(run=_queues)
     benches = commands.add_parser("bench", help="measure").add_subparsers(required=True, metavar="WHAT")
     local = benches.add_parser("local", help="start-up, memory, overhead and streaming of the local application")
     local.add_argument(
@@ -143,6 +149,12 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     make_demo(arguments.folder, force=arguments.force, progress=print)
     return 0
+
+
+def _queues(arguments: argparse.Namespace) -> int:
+    from chameleon_ray.queues_view import run
+
+    return run(arguments.url, arguments.api_key or os.environ.get("OPENAI_API_KEY"), arguments.watch)
 
 
 def _bench_local(arguments: argparse.Namespace) -> int:

@@ -23,6 +23,7 @@ import httpx
 import psutil
 import yaml
 
+from chameleon_ray.config import ApiConfig
 from chameleon_ray.redis_server import free_port
 
 HEAD_START_LIMIT_S = 60.0
@@ -67,6 +68,7 @@ class Launcher:
         arguments = applications[0].get("args") or {}
         self._replicas = int((arguments.get("replicas") or {}).get("num_replicas", 1))
         self._model = str((arguments.get("model") or {}).get("name") or "")
+        self._api = arguments.get("api") or {}
 
     @property
     def url(self) -> str:
@@ -206,13 +208,16 @@ class Launcher:
         return "\n".join([*lines, f"Whole logs: {log} and /tmp/ray/session_latest/logs/serve"])
 
     def _greet(self, seconds: float) -> None:
-        models = [card["id"] for card in httpx.get(f"{self.url}/v1/models").json()["data"]]
+        keys = ApiConfig.model_validate(self._api).resolved().api_keys
+        headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
+        key = ' -H "Authorization: Bearer $KEY"' if keys else ""
+        models = [card["id"] for card in httpx.get(f"{self.url}/v1/models", headers=headers).json()["data"]]
         body = json.dumps({"model": models[-1], "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16})
         self._say(
             f"ready after {seconds:.0f} s: {models[0]} and {len(models) - 1} adapters at {self.url}/v1\n\n"
-            f"  curl {self.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n"
-            f"  curl {self.url}/v1/models\n"
-            f"  curl {self.url}/v1/chameleon/placement\n\n"
+            f"  curl {self.url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'\n"
+            f"  curl {self.url}/v1/models{key}\n"
+            f"  chameleon queues --url {self.url}{' --api-key $KEY' if keys else ''}\n\n"
             f"Ray dashboard: http://127.0.0.1:{self._dashboard_port} (its key: ~/.ray/auth_token)\n"
             f"metrics: http://127.0.0.1:{self._metrics_port}/metrics\n"
             "Ctrl-C stops everything."

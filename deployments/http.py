@@ -59,8 +59,13 @@ def _as_api_error(request: Request, error: Exception, retry_after_s: float) -> A
 
 
 def _error_response(error: ApiError) -> Response:
-    headers = {} if error.retry_after_s is None else {"Retry-After": str(math.ceil(error.retry_after_s))}
+    headers = retry_after(error.retry_after_s)
     return Response(error.body, status_code=error.status, media_type=JSON, headers=headers)
+
+
+def retry_after(seconds: float | None) -> dict[str, str]:
+    """The header that tells when to come back, in whole seconds and at least one; none without a time."""
+    return {} if seconds is None else {"Retry-After": str(max(1, math.ceil(seconds)))}
 
 
 def _count(status: int) -> None:

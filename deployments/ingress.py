@@ -16,6 +16,7 @@ from chameleon_ray.placement import CatalogStore, ClusterView, shared_follower
 from deployments.adapter_api import AdapterApi
 from deployments.http import Guard, answered, json_object, read_body
 from deployments.models import Models
+from deployments.queues_api import all_queues
 from deployments.relay import Relay
 
 app = FastAPI(title="chameleon-ray", docs_url=None, redoc_url=None, openapi_url=None)
@@ -61,6 +62,7 @@ class Ingress:
         self._guard = Guard(self._config.api, _http_host())
         self._follower = shared_follower(self._config.redis)
         store = CatalogStore(self._config.redis, self._follower.view)
+        self._replica = replica
         self._models = Models(self._config, self._follower, store)
         self._relay = Relay(self._config, self._models, replica)
         self._adapters = AdapterApi(self._config, self._follower, store, replica)
@@ -117,6 +119,14 @@ class Ingress:
         async def handler(request: Request) -> Response:
             self._guard.check_client(request)
             return JSONResponse(placement_table(self._follower.view(), time.monotonic()))
+
+        return await answered(request, self._retry_after_s, handler)
+
+    @app.get("/v1/chameleon/queues")
+    async def queues(self, request: Request) -> Response:
+        async def handler(request: Request) -> Response:
+            self._guard.check_client(request)
+            return JSONResponse({"replicas": await all_queues(self._replica, self._follower.view().replicas)})
 
         return await answered(request, self._retry_after_s, handler)
 

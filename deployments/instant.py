@@ -13,6 +13,7 @@ from ray.serve import Application
 
 from chameleon_ray.adapters.record import AdapterRecord
 from chameleon_ray.engine.asgi import AsgiCall, Message, Receive, Send
+from chameleon_ray.engine.report import PolicyEvents
 from chameleon_ray.policy.adapter import Tier
 from chameleon_ray.policy.routing import ReplicaLoad
 from deployments.app import application
@@ -23,6 +24,7 @@ class InstantEngine:
     """Stands where ``EngineServer`` does and answers completions with ``max_tokens`` tokens that cost nothing."""
 
     is_dead = False
+    adapter_memory = "slots"
 
     def __init__(self) -> None:
         self.tiers: dict[str, Tier] = {}
@@ -35,6 +37,15 @@ class InstantEngine:
 
     async def refresh_residency(self) -> None:
         pass
+
+    def policy_report(self) -> None:
+        return None
+
+    def take_policy_events(self) -> PolicyEvents:
+        return PolicyEvents()
+
+    def failures(self) -> Mapping[str, str]:
+        return {}
 
     def length_predictions(self) -> Mapping[str, int]:
         return {}

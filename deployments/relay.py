@@ -14,7 +14,7 @@ from chameleon_ray import metrics
 from chameleon_ray.adapters.record import AdapterRecord
 from chameleon_ray.config import AppConfig
 from chameleon_ray.openai_errors import ApiError, sse_error
-from deployments.http import json_object, read_body
+from deployments.http import json_object, read_body, retry_after
 from deployments.models import Models
 
 logger = logging.getLogger("ray.serve")
@@ -50,8 +50,9 @@ class Relay:
                 response.cancel()
                 raise
 
-        status, media_type, content, engine_s = await once_more(attempt)
-        return Response(content, status_code=status, media_type=media_type, headers=_timing(engine_s))
+        status, media_type, content, engine_s, retry_after_s = await once_more(attempt)
+        headers = _timing(engine_s) | retry_after(retry_after_s)
+        return Response(content, status_code=status, media_type=media_type, headers=headers)
 
     async def _stream(self, record: AdapterRecord | None, call: tuple[Any, ...]) -> Response:
         stream = self._replica.options(method_name="stream", stream=True, multiplexed_model_id=_affinity(record))
@@ -64,9 +65,9 @@ class Relay:
                 parts.cancel()
                 raise
 
-        parts, (status, media_type, first, engine_s) = await once_more(begin)
+        parts, (status, media_type, first, engine_s, retry_after_s) = await once_more(begin)
         if status != 200:
-            return Response(first, status_code=status, media_type=media_type)
+            return Response(first, status_code=status, media_type=media_type, headers=retry_after(retry_after_s))
         return StreamingResponse(_rest(parts, first), media_type=media_type, headers=_timing(engine_s))
 
 

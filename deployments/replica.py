@@ -5,7 +5,6 @@ import contextlib
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,7 +13,6 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from chameleon_ray import metrics
 from chameleon_ray.adapters.base_model import BaseModelShapes
 from chameleon_ray.adapters.catalog import AdapterLibrary
 from chameleon_ray.adapters.errors import AdapterError, AdapterRetryLaterError
@@ -30,11 +28,14 @@ from chameleon_ray.placement import (
     ReplicaReport,
     shared_follower,
 )
+from deployments.policy_metrics import PolicyMetrics
+from deployments.queues_api import replica_queues
 
 logger = logging.getLogger("ray.serve")
 
-Answer = tuple[int, str, bytes, float]
-"""HTTP status, media type, body (of a stream: its first part), seconds in the engine (of a stream: until that part)."""
+Answer = tuple[int, str, bytes, float, float | None]
+"""HTTP status, media type, body (of a stream: its first part), seconds in the engine (of a stream: until that part),
+seconds after which to try again (of an error that may pass)."""
 
 REDIS_START_S = 10.0
 """A replica that starts together with Redis waits so long for it before it goes on without."""
@@ -48,7 +49,7 @@ class Replica:
         self._config = AppConfig.model_validate(config)
         self._id = serve.get_replica_context().replica_id.unique_id
         self._num_streams = 0
-        self._num_predictions: Counter[str] = Counter()
+        self._metrics = PolicyMetrics()
         self._reporter: asyncio.Task[None] | None = None
         model_folder = await asyncio.to_thread(local_model_folder, self._config.model)
         shapes = await asyncio.to_thread(BaseModelShapes.from_folder, model_folder)
@@ -76,9 +77,9 @@ class Replica:
         try:
             async with self._serving(path, body, model, record) as call:
                 head, content = await call.head(), await call.body()
-                return head.status, head.media_type, content, call.age_s
+                return head.status, head.media_type, content, call.age_s, None
         except ApiError as error:
-            return error.status, JSON, error.body, 0.0
+            return _error_answer(error)
         finally:
             self._die_with_engine()
 
@@ -95,12 +96,12 @@ class Replica:
                 head, begun = await call.head(), False
                 async for chunk in call.chunks(self._pause_s):
                     self._die_with_engine()  # before vLLM's own word on it counts as the stream's first part
-                    yield chunk if begun else (head.status, head.media_type, chunk, call.age_s)
+                    yield chunk if begun else (head.status, head.media_type, chunk, call.age_s, None)
                     begun = True
                 if not begun:
-                    yield head.status, head.media_type, b"", call.age_s
+                    yield head.status, head.media_type, b"", call.age_s, None
         except ApiError as error:
-            yield error.status, JSON, error.body, 0.0
+            yield _error_answer(error)
         finally:
             self._num_streams -= 1
             self._die_with_engine()
@@ -120,6 +121,10 @@ class Replica:
                 return None
         except AdapterError as error:
             return _api_error(error, param="lora_path")
+
+    async def queues(self) -> dict[str, Any]:
+        """The live queues and adapter cache of this replica, for ``/v1/chameleon/queues``."""
+        return replica_queues(self._id, self._engine)
 
     async def check_health(self) -> None:
         """Serve's health check: the engine's own."""
@@ -150,18 +155,14 @@ class Replica:
 
     @contextlib.asynccontextmanager
     async def _serving(self, path: str, body: bytes, model: str, record: AdapterRecord | None) -> AsyncIterator[Any]:
-        if record is None:
-            async with self._engine.call(path, body, model, None, None) as call:
+        try:
+            async with (
+                contextlib.nullcontext() if record is None else self._adapters.use(record) as folder,
+                self._engine.call(path, body, model, record, folder) as call,
+            ):
                 yield call
-        else:
-            try:
-                async with (
-                    self._adapters.use(record) as folder,
-                    self._engine.call(path, body, model, record, folder) as call,
-                ):
-                    yield call
-            except AdapterError as error:
-                raise _api_error(error) from error
+        except AdapterError as error:
+            raise _api_error(error) from error
 
     def _pause_s(self) -> float:
         """Pause between two events of one stream, so that all streams together stay below the configured rate."""
@@ -191,18 +192,12 @@ class Replica:
                     await self._register_pending()
                 self._adapters.sweep()
                 await self._engine.refresh_residency()
-                self._count_predictions()
                 await self._publisher.publish(self._report(), time.monotonic())
+                self._metrics.publish(self._engine)
             except Exception:
                 self._die_with_engine()
                 logger.exception("a placement report failed; the next one follows")
             await asyncio.sleep(self._config.redis.heartbeat_s)
-
-    def _count_predictions(self) -> None:
-        for source, total in self._engine.length_predictions().items():
-            if total > self._num_predictions[source]:  # Ray's counters refuse 0.
-                metrics.LENGTH_PREDICTIONS.counter().inc(total - self._num_predictions[source], tags={"source": source})
-                self._num_predictions[source] = total
 
     def _report(self) -> ReplicaReport:
         return ReplicaReport(
@@ -210,9 +205,13 @@ class Replica:
             node_id=self._node_id,
             load=self._engine.load(),
             tiers=self._engine.tiers,
-            failed=self._adapters.failures(),
+            failed={**self._engine.failures(), **self._adapters.failures()},
             catalog_version=self._follower.view().catalog_version,
         )
+
+
+def _error_answer(error: ApiError) -> Answer:
+    return error.status, JSON, error.body, 0.0, error.retry_after_s
 
 
 def _api_error(error: AdapterError, param: str = "model") -> ApiError:

@@ -68,6 +68,19 @@ class AdapterStoreError(AdapterError):
     http_status = 503
 
 
+class AdapterLoadError(AdapterError):
+    """The engine could not load the adapter for a request, although its files had been found valid."""
+
+    code = "adapter_load_failed"
+    http_status = 503
+
+
+class AdapterNoRoomError(AdapterError):
+    """The request and its adapter are together larger than the engine's memory."""
+
+    code = "adapter_no_room"
+
+
 class AdapterRetryLaterError(AdapterError):
     """The adapter failed a moment ago and is not tried again before ``retry_after_s`` have passed.
 

@@ -1,4 +1,4 @@
-"""vLLM's asynchronous engine with output lengths predicted before requests go to the scheduler.
+"""vLLM's asynchronous engine, with output lengths predicted before requests go to the scheduler and refusals explained.
 
 All of vLLM's OpenAI endpoints go through ``generate``, so this one seam serves chat and completions, streamed or not.
 """
@@ -13,6 +13,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from chameleon_ray.engine.refusals import raise_refused
 from chameleon_ray.policy.lengths import PREDICTED_TOKENS, LengthFeatures
 from chameleon_ray.predictor.encoder import CLIP_CHARACTERS, clip_prompt
 from chameleon_ray.predictor.estimator import EndedOutput, LengthEstimator
@@ -32,12 +33,19 @@ class EstimatingLLM(AsyncLLM):
     def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **options: Any
     ) -> AsyncGenerator[RequestOutput, None]:
-        """See ``AsyncLLM.generate``."""
+        """See ``AsyncLLM.generate``. Raises RequestRefusedError where the scheduler ends the request with a reason."""
         params = _with_prediction(sampling_params, None)
         # Beam search asks for one token at a time: there is nothing to predict.
         if self.estimator is None or params.max_tokens == 1 or not _has_tokens(prompt):
-            return super().generate(prompt, params, request_id, **options)
-        return self._generate(self.estimator, prompt, params, request_id, **options)
+            return self._or_refused(super().generate(prompt, params, request_id, **options))
+        return self._or_refused(self._generate(self.estimator, prompt, params, request_id, **options))
+
+    @staticmethod
+    async def _or_refused(outputs: AsyncGenerator[RequestOutput, None]) -> AsyncGenerator[RequestOutput, None]:
+        async with aclosing(outputs):
+            async for output in outputs:
+                raise_refused(output)
+                yield output
 
     async def _generate(
         self,

@@ -41,7 +41,7 @@ async def start_engine(config: AppConfig) -> "EngineServer":
     began_s = time.monotonic()
     logger.info("starting the engine for %s", config.model.source)
     server = import_module("chameleon_ray.engine.server")
-    metrics = import_module("vllm.v1.metrics.ray_wrappers")
-    engine: EngineServer = await server.EngineServer.start(config, (metrics.RayPrometheusStatLogger,))
+    metrics = import_module("chameleon_ray.engine.vllm_metrics")
+    engine: EngineServer = await server.EngineServer.start(config, (metrics.NamedAdaptersLogger,))
     logger.info("the engine is ready after %.0f s", time.monotonic() - began_s)
     return engine

@@ -24,11 +24,13 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from chameleon_ray.adapters.errors import AdapterInvalidError
 from chameleon_ray.adapters.record import AdapterRecord
 from chameleon_ray.config import AppConfig
-from chameleon_ray.engine.asgi import AsgiCall
 from chameleon_ray.engine.estimating import EstimatingLLM
 from chameleon_ray.engine.options import GIB, resolve_adapter_memory, server_args, with_adapter_memory
 from chameleon_ray.engine.paged.messages import told_reason
+from chameleon_ray.engine.paged.options import lift_slot_limits
 from chameleon_ray.engine.paged.scheduler import check_supported
+from chameleon_ray.engine.refusals import EngineCall
+from chameleon_ray.engine.report import PolicyEvents, PolicyReport
 from chameleon_ray.engine.stats import LoadStats, RequestRates
 from chameleon_ray.policy.adapter import Tier
 from chameleon_ray.policy.routing import ReplicaLoad
@@ -109,6 +111,7 @@ class EngineServer:
         vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
         if config.engine.adapter_memory == "paged":
             check_supported(vllm_config)
+            lift_slot_limits(vllm_config)  # The engine does so itself; here for what vLLM's metrics call ``max_lora``.
         estimator = await asyncio.to_thread(
             make_estimator, config, vllm_config.model_config.max_model_len, f"{os.getpid()}-{time.time_ns()}"
         )
@@ -137,7 +140,7 @@ class EngineServer:
             engine.shutdown()
             raise
 
-    def call(self, path: str, body: bytes, model: str, record: AdapterRecord | None, folder: Path | None) -> AsgiCall:
+    def call(self, path: str, body: bytes, model: str, record: AdapterRecord | None, folder: Path | None) -> EngineCall:
         """A whole OpenAI request: ``path`` and JSON ``body`` as the client sent them.
 
         model: the request's ``model``, as the client wrote it. record, folder: its adapter and where its files lie;
@@ -148,7 +151,7 @@ class EngineServer:
         else:
             self._rates.record(record.digest, time.monotonic())
             _served.set(_Served(model, record.name, self._lora_request(record, folder)))
-        return AsgiCall(self._app, path, body)
+        return EngineCall(self._app, path, body)
 
     async def accept(self, record: AdapterRecord, folder: Path) -> None:
         """Have the engine load the adapter once by itself, before any request uses it.
@@ -201,6 +204,22 @@ class EngineServer:
     def adapter_memory(self) -> str:
         """``paged`` or ``slots``: where adapters are, also where that is not what the configuration asked for."""
         return self._config.engine.adapter_memory
+
+    def policy_report(self) -> tuple[PolicyReport, float] | None:
+        """The policy's state with its age in seconds; None where vLLM's slots are used, or before the first step."""
+        return None if self._stats.report is None else (self._stats.report, self._stats.report_age_s)
+
+    def take_policy_events(self) -> PolicyEvents:
+        """What has happened in the policy since the last call."""
+        return self._stats.take_events()
+
+    def failures(self) -> Mapping[str, str]:
+        """Adapter digest -> why the engine refuses its requests at present. Without steps there are no reports: what
+        must be over by now is left out."""
+        if self._stats.report_age_s > self._config.adapters.retry_after_s:
+            return {}
+        reasons = self._stats.adapter_failures
+        return {digest: reasons[digest[:16]] for digest in self._accepted if digest[:16] in reasons}
 
     @property
     def is_dead(self) -> bool:

@@ -1,13 +1,15 @@
-"""A replica's load as its engine reports it, in the terms the router ranks by."""
+"""What an engine reports of itself: its load, in the terms the router ranks by, and its policy's state."""
 
+import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
+from chameleon_ray.engine.report import PolicyEvents, PolicyReport
 from chameleon_ray.policy.adapter import Tier
 from chameleon_ray.policy.routing import ReplicaLoad
 
@@ -18,17 +20,20 @@ SMOOTHING = 0.1
 class LoadStats(StatLoggerBase):
     """A vLLM stat logger that keeps the current queue state and running means of recent requests."""
 
-    def __init__(self, vllm_config: VllmConfig, engine_index: int = 0):
+    def __init__(self, vllm_config: VllmConfig, engine_index: int = 0, clock: Callable[[], float] = time.monotonic):
         self.num_running = 0
         self.num_waiting = 0
         self.max_running = vllm_config.scheduler_config.max_num_seqs
         self.service_s = 0.0
         self.ttft_s = 0.0
         # Of adapters in KV memory (engine/paged/stats.py); digests are the short ones of LoRA names.
-        self.adapter_cache: dict[str, Any] = {}
+        self.report: PolicyReport | None = None
+        self.reported_at_s = 0.0
         self.adapter_tiers: dict[str, Tier] = {}
         self.adapter_failures: dict[str, str] = {}
         self.eviction_cost_s = 0.0
+        self._events = PolicyEvents()
+        self._clock = clock
 
     def record(
         self,
@@ -40,18 +45,31 @@ class LoadStats(StatLoggerBase):
         if scheduler_stats is not None:
             self.num_running = scheduler_stats.num_running_reqs
             self.num_waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
-            self._record_adapters(scheduler_stats.kv_connector_stats or {})
+            if scheduler_stats.kv_connector_stats:
+                self._record_policy(scheduler_stats.kv_connector_stats)
         for request in iteration_stats.finished_requests if iteration_stats is not None else ():
             if request.num_generation_tokens == 0:
                 continue  # it ended without a first token: vLLM's times for it mean nothing
             self.service_s = _mean(self.service_s, request.inference_time)
             self.ttft_s = _mean(self.ttft_s, request.prefill_time)
 
-    def _record_adapters(self, report: Mapping[str, Any]) -> None:
-        self.adapter_cache = report.get("cache", self.adapter_cache)
-        self.adapter_failures = report.get("failures", self.adapter_failures)
-        self.eviction_cost_s = report.get("eviction_cost_s", self.eviction_cost_s)
-        self.adapter_tiers |= {digest: Tier(tier) for digest, tier in report.get("tiers", {}).items()}
+    def _record_policy(self, data: Mapping[str, Any]) -> None:
+        self.report = PolicyReport.of(data)
+        self.reported_at_s = self._clock()
+        self.adapter_failures = data["failures"]
+        self.eviction_cost_s = data["eviction_cost_s"]
+        self.adapter_tiers |= {digest: Tier(tier) for digest, tier in data["tiers"].items()}
+        self._events.record(data)
+
+    def take_events(self) -> PolicyEvents:
+        """What the policy has reported as happened since the last call."""
+        events, self._events = self._events, PolicyEvents()
+        return events
+
+    @property
+    def report_age_s(self) -> float:
+        """Seconds since the last report. An engine without requests makes none: nothing changes."""
+        return self._clock() - self.reported_at_s
 
     def log_engine_initialized(self) -> None:
         pass

@@ -11,7 +11,8 @@ The rules, in order:
    costs clearly more than loading at the second, and comes back when that ends.
 
 Nothing is remembered between decisions: routers in several processes agree as far as their hints do, and small
-differences between the hints stay inside the hysteresis. One decision takes time linear in the number of replicas.
+differences between the hints stay inside the hysteresis. One decision takes time linear in the number of replicas
+given: of a large cluster, ``shortlist.py`` says which are worth giving.
 """
 
 import hashlib
@@ -161,7 +162,8 @@ def rank_replicas(
 
     best_s = min(expected_s.values())
     bound_s = max(best_s * (1 + costs.hysteresis), best_s + MIN_GAIN_S)
-    good, worse = [], []
+    good: list[ReplicaView] = []
+    worse: list[ReplicaView] = []
     for view in replicas:
         (good if expected_s[view.replica_id] <= bound_s else worse).append(view)
     preference = _preference(adapter)

@@ -14,10 +14,11 @@ from chameleon_ray.redis_server import BundledRedis
 
 CLIENTS = 48
 RETRY_AFTER_S = 7
+KEY = "of-this-test"
 
 
 def narrow(config: Any) -> None:
-    """One replica that takes one request at a time, and a queue of two."""
+    """One replica that takes one request at a time, and a queue of two; closed to whoever has no key."""
     (application,) = config["applications"]
     application["import_path"] = "deployments.instant:build"
     application["args"]["replicas"] = {
@@ -27,6 +28,7 @@ def narrow(config: Any) -> None:
         "retry_after_s": RETRY_AFTER_S,
         "num_cpus": 0.5,
     }
+    application["args"]["api"] |= {"api_keys": [KEY]}
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +36,7 @@ def narrow_service(demo: DemoPaths, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("narrow")
     with BundledRedis(directory=folder / "redis") as redis:
         running = Service(demo, redis, folder, narrow)
+        running.http.headers["Authorization"] = f"Bearer {KEY}"
         try:
             running.start()
             yield running
@@ -57,3 +60,16 @@ def test_too_many_requests_are_told_to_come_back(narrow_service: Service, stream
 
     assert complete(narrow_service, "demo-r8-00").status_code == 200
     assert stream(narrow_service, completion("demo-r8-00")).ended == "done"
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/chameleon/placement", "/v1/chameleon/queues"])
+def test_without_the_key_nothing_is_told(narrow_service: Service, path: str) -> None:
+    assert narrow_service.http.get(path).status_code == 200
+    response = narrow_service.http.get(path, headers={"Authorization": "Bearer another"})
+    assert error_of(response, 401)["type"] == "authentication_error"
+
+
+def test_queues_of_an_engine_without_our_scheduler(narrow_service: Service) -> None:
+    [replica] = narrow_service.http.get("/v1/chameleon/queues").json()["replicas"]
+    assert replica.keys() == {"replica", "adapter_memory", "running", "waiting"}
+    assert replica["adapter_memory"] == "slots"

@@ -139,6 +139,7 @@ def answer_to(handler: Callable[[Request], Awaitable[Response]], retry_after_s: 
         (DeploymentUnavailableError(None), 503, "overloaded", "3"),
         (PlacementUnavailableError("no connection"), 503, "catalog_unavailable", "2"),
         (ApiError(502, "died", "replica_died", retry_after_s=0.4), 502, "replica_died", "1"),
+        (ApiError(503, "any moment", "adapter_load_failed", retry_after_s=0.0), 503, "adapter_load_failed", "1"),
         (ApiError(404, "not here", "NotFoundError", param="model"), 404, "NotFoundError", None),
         (RuntimeError("with a secret inside"), 500, "server_error", None),
     ],

@@ -12,7 +12,7 @@ import pytest
 
 from chameleon_ray.policy.adapter import Adapter, Tier
 from chameleon_ray.policy.lengths import OraclePredictor
-from chameleon_ray.sim.costs import CostModel
+from chameleon_ray.sim.costs import CostModel, load_cost_model
 from chameleon_ray.sim.link import Link
 from chameleon_ray.sim.loop import run
 from chameleon_ray.sim.replica import EngineMode, SimReplica
@@ -227,6 +227,37 @@ def test_everything_adds_up_after_every_step_when_memory_is_short(scheduling, re
     assert summary["loads"] > 10
     # Quotas leave too much of the memory unused for it to run out.
     assert reserve or scheduling in ("chameleon", "static") or summary["preemptions"] > 0
+
+
+@pytest.mark.parametrize("scheduling", ["chameleon", "fifo"])
+@pytest.mark.parametrize("pool_blocks", [300, 2000])
+def test_many_steps_in_one_event_are_the_same_steps(scheduling, pool_blocks):
+    """``check_every_steps`` makes every step an event of its own."""
+    model = load_cost_model("a40-llama-7b")
+    model = model.model_copy(update={"memory": model.memory.model_copy(update={"pool_blocks": pool_blocks})})
+    workload = WorkloadConfig(
+        requests_per_s=3.0,
+        duration_s=30.0,
+        warmup_s=0.0,
+        length_scale=0.3,
+        adapters=AdapterMix(count=40, ranks=[8, 16], base_share=0.2),
+    )
+
+    def served(check_every_steps):
+        scenario = Scenario(
+            workload=workload,
+            policy=PolicySettings(scheduling=scheduling, refresh_s=4.0),
+            engine=EngineSettings(host_resident=False),
+            check_every_steps=check_every_steps,
+        )
+        result = simulate(scenario, costs=model)
+        times = [(j.request.request_id, j.admitted_s, j.first_token_s, j.end_s, j.num_preemptions) for j in result.jobs]
+        return times, result.cache, result.num_steps, result.busy_s, result.num_events
+
+    *spans, num_events = served(0)
+    *steps, num_single_events = served(1)
+    assert spans == steps
+    assert num_events < 0.7 * num_single_events
 
 
 _PRINT = """

@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +29,9 @@ from chameleon_ray.engine.paged.pages import PageGeometry
 
 BACKGROUND_NICENESS = 10
 """Threads that read and copy give way to the ones that compute; niceness is per thread on Linux."""
+SWITCH_INTERVAL_S = 0.0005
+"""The worker's own thread lets go of Python's lock many times a step; with readers and copier beside it, it could wait
+5 ms, the default, each time to get it back."""
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25  # Linux; the second, from 6.1 on, is for memory that is in use already.
 IDLE_WAIT_S = 0.002
 """A step without a forward pass waits so long for a result, else the engine's loop would spin."""
@@ -84,6 +88,7 @@ class AdapterHost:
         self._copies: dict[int, HostCopy] = {}
         self._done: queue.SimpleQueue[_Done] = queue.SimpleQueue()
         self._num_pending = 0
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         on_cpu = kv_layers[0].device.type == "cpu"
         self._pin = not on_cpu
         self._readers = ThreadPoolExecutor(num_readers, "adapter-reader", initializer=_background_thread)
@@ -159,28 +164,24 @@ class AdapterHost:
 
 
 class _CpuCopier:
-    """memcpy in a background thread."""
+    """Copies in a background thread, page by page: torch lets go of Python's lock for each, so that the worker's own
+    thread never waits for more than one."""
 
     def __init__(self, kv_layers: list[torch.Tensor]) -> None:
         for storage in {layer.untyped_storage().data_ptr(): layer.untyped_storage() for layer in kv_layers}.values():
             _use_huge_pages(storage.data_ptr(), storage.nbytes())
-        self._layers = [layer.data_ptr() for layer in kv_layers]
-        self._element_bytes = kv_layers[0].element_size()
-        self._keep = kv_layers
+        self._layers = [_flat(layer) for layer in kv_layers]
         self._thread = ThreadPoolExecutor(1, "adapter-copier", initializer=_background_thread)
 
     def submit(
         self, copy: HostCopy, page_starts: np.ndarray, done: Callable[[AdapterRows | None, str | None], None]
     ) -> None:
+        @torch.inference_mode()  # As vLLM made the tensors.
         def run() -> None:
             # The rows of memory are those of blocks that the scheduler lent to this adapter alone, so nothing races.
-            page_bytes = copy.pages.shape[2] * self._element_bytes
-            byte_starts = (page_starts * self._element_bytes).tolist()
-            source = copy.pages.data_ptr()
-            for base in self._layers:
-                for start in byte_starts:
-                    ctypes.memmove(base + start, source, page_bytes)
-                    source += page_bytes
+            for layer, pages in zip(self._layers, copy.pages, strict=True):
+                for start, page in zip(page_starts.tolist(), pages, strict=True):
+                    layer[start : start + page.shape[0]].copy_(page)
             done(AdapterRows.build(copy.plan.rows, page_starts, "cpu"), None)
 
         self._thread.submit(run).add_done_callback(lambda future: _report(future, done))
@@ -196,7 +197,7 @@ class _GpuCopier:
 
     def __init__(self, kv_layers: list[torch.Tensor], geometry: PageGeometry) -> None:
         self._geometry = geometry
-        self._layers = kv_layers
+        self._layers = [_flat(layer) for layer in kv_layers]
         self._device = kv_layers[0].device
         self._stream = torch.cuda.Stream(self._device)
         self._flying: list[tuple[torch.cuda.Event, AdapterRows, Callable[[AdapterRows | None, str | None], None]]] = []
@@ -211,10 +212,7 @@ class _GpuCopier:
             for layer, pages in zip(self._layers, copy.pages, strict=True):
                 staged = pages.to(self._device, non_blocking=True)
                 window = torch.arange(staged.shape[1], device=self._device)
-                memory = layer.as_strided(
-                    (layer.untyped_storage().nbytes() // layer.element_size() - layer.storage_offset(),), (1,)
-                )
-                memory.index_copy_(0, (starts[:, None] + window).view(-1), staged.view(-1))
+                layer.index_copy_(0, (starts[:, None] + window).view(-1), staged.view(-1))
             event = torch.cuda.Event()
             event.record(self._stream)
         rows.offsets.record_stream(torch.cuda.current_stream(self._device))
@@ -224,6 +222,11 @@ class _GpuCopier:
         while self._flying and self._flying[0][0].query():
             _, rows, done = self._flying.pop(0)
             done(rows, None)
+
+
+def _flat(layer: torch.Tensor) -> torch.Tensor:
+    """The layer's memory from its first element on, in the order in which it lies there."""
+    return layer.as_strided((layer.untyped_storage().nbytes() // layer.element_size() - layer.storage_offset(),), (1,))
 
 
 def _report(future: Future[None], done: Callable[[AdapterRows | None, str | None], None]) -> None:

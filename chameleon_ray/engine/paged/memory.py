@@ -20,11 +20,12 @@ from vllm.v1.request import Request, RequestStatus
 
 from chameleon_ray.engine.paged.checkpoint import AdapterSummary, summarise
 from chameleon_ray.engine.paged.identity import identified
-from chameleon_ray.engine.paged.messages import Fetch, Load, ModelLayout, StepOrders, StepResults
+from chameleon_ray.engine.paged.messages import Fetch, Load, ModelLayout, Refusal, StepOrders, StepResults
 from chameleon_ray.engine.paged.options import EngineLimits, PagedSettings
+from chameleon_ray.engine.report import WAITING_FOR, MemoryLimits
 from chameleon_ray.policy.adapter import Adapter
 from chameleon_ray.policy.admission import Obstacle
-from chameleon_ray.policy.cache import AdapterCache, AdapterTooLarge, CacheCorrupt, Plan
+from chameleon_ray.policy.cache import AdapterCache, AdapterTooLarge, CacheCorrupt, Plan, State
 from chameleon_ray.policy.lengths import PREDICTED_TOKENS, HistoryPredictor, LengthFeatures, PredictionAccuracy
 from chameleon_ray.policy.replica import AdapterFailed, ReplicaPolicy
 from chameleon_ray.policy.sizing import QueuedRequest
@@ -32,6 +33,14 @@ from chameleon_ray.policy.sizing import QueuedRequest
 logger = init_logger(__name__)
 
 _ENDED_BY_ITSELF = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+_WAITS_FOR = {
+    State.ABSENT: "fetch",
+    State.FAILED: "fetch",
+    State.FETCHING: "fetch",
+    State.HOST: "room",
+    State.LOADING: "load",
+    State.RESIDENT: "turn",
+}
 
 
 @dataclass(slots=True)
@@ -63,6 +72,7 @@ class _Live:
 
     request: Request
     known: _Known | None
+    arrived_s: float
     num_predicted_tokens: int = 0
     running: bool = False
 
@@ -91,6 +101,8 @@ class AdapterMemory:
         self.num_changes = 0  # Grows with whatever ``stats.py`` reports.
         self.seconds: list[tuple[str, float]] = []  # Durations of finished work since somebody last took them.
         self.waited: list[tuple[int, float]] = []  # (queue, delay in s) of requests admitted since then.
+        self.num_inspection_failures = 0
+        self._block_bytes = block_bytes
         self._layout = layout
         self._num_ranks = num_ranks
         self._pool = pool
@@ -101,7 +113,7 @@ class AdapterMemory:
         self._known: dict[str, _Known] = {}
         self._by_number: dict[int, _Known] = {}
         self._live: dict[str, _Live] = {}
-        self._failed: dict[str, str] = {}
+        self._failed: dict[str, Refusal] = {}
         self._inspecting: list[_Known] = []
         self._inspector = ThreadPoolExecutor(1, "adapter-headers")
         self._orders = StepOrders()
@@ -124,7 +136,7 @@ class AdapterMemory:
     def add(self, request: Request) -> None:
         """A request has arrived. Its LoRARequest is replaced by one that names the adapter's content."""
         known = None if request.lora_request is None else self._identify(request, request.lora_request)
-        self._live[request.request_id] = _Live(request, known)
+        self._live[request.request_id] = _Live(request, known, self._clock())
         self._arrive(request.request_id)
 
     def release(self, request: Request) -> None:
@@ -155,9 +167,9 @@ class AdapterMemory:
 
     def refuse(self, request: Request, reason: str) -> None:
         """The request can never be served: ``take_failed`` names it."""
-        self._failed[request.request_id] = reason
+        self._failed[request.request_id] = Refusal(reason)
 
-    def take_failed(self) -> dict[str, str]:
+    def take_failed(self) -> dict[str, Refusal]:
         """Requests that must end with an error -> why. Whoever ends them also releases them."""
         failed, self._failed = self._failed, {}
         return failed
@@ -247,6 +259,35 @@ class AdapterMemory:
         """Give back every block that no running request needs."""
         self.reclaim(self._layout.num_blocks, "", or_nothing=False)
 
+    @property
+    def limits(self) -> MemoryLimits:
+        """What adapters may take."""
+        config = self.cache.config
+        return MemoryLimits(
+            self._block_bytes * self._num_ranks, config.max_blocks, self._layout.num_blocks, config.host_bytes
+        )
+
+    def waiting(self) -> dict[str, int]:
+        """Requests that wait, by what for: ``inspection`` of the adapter's files, ``fetch`` into host memory, ``room``
+        in KV memory, ``load`` into it, or their ``turn`` (quota, seat, KV memory), with nothing else missing."""
+        counts = dict.fromkeys(WAITING_FOR, 0)
+        for request_id, live in self._live.items():
+            if live.running or request_id in self._failed:
+                continue
+            if live.known is None:
+                counts["turn"] += 1
+            elif live.known.summary is None:
+                counts["inspection"] += 1
+            else:
+                counts[_WAITS_FOR[self.cache.state(live.known.digest)]] += 1
+        return counts
+
+    @property
+    def oldest_waiting_s(self) -> float:
+        """Seconds since the oldest request that does not run has come; 0 without one."""
+        oldest = next((live for live in self._live.values() if not live.running), None)
+        return 0.0 if oldest is None else self._clock() - oldest.arrived_s
+
     def failures(self) -> dict[str, str]:
         """Digest -> why its requests are refused at present."""
         now_s = self._clock()
@@ -300,7 +341,7 @@ class AdapterMemory:
         known, adapter = live.known, None
         if known is not None and known.summary is None:
             if now_s < known.retry_at_s:
-                self._failed[request_id] = known.reason
+                self._failed[request_id] = Refusal(known.reason, known.retry_at_s - now_s)
                 return
             known.pending.append(request_id)
             if known.inspection is None:
@@ -315,7 +356,7 @@ class AdapterMemory:
         try:
             self.policy.arrive(queued, now_s)
         except AdapterFailed as error:
-            self._failed[request_id] = str(error)
+            self._failed[request_id] = Refusal(str(error), error.retry_at_s - now_s)
         else:
             live.num_predicted_tokens = predicted
 
@@ -341,6 +382,7 @@ class AdapterMemory:
             except (AdapterTooLarge, ValueError, OSError) as error:
                 known.reason = self._refused(known, str(error))
                 known.retry_at_s = now_s + self._settings.retry_after_s
+                self.num_inspection_failures += 1
             else:
                 known.summary = summary
             for request_id in pending:
@@ -377,7 +419,8 @@ class AdapterMemory:
             return
         reason = self._refused(known, error)
         failed = self.policy.fetch_failed if what == "fetch" else self.policy.load_failed
-        self._failed |= dict.fromkeys(failed(known.digest, reason, self._clock()), reason)
+        refusal = Refusal(reason, self._settings.retry_after_s)
+        self._failed |= dict.fromkeys(failed(known.digest, reason, self._clock()), refusal)
         if what == "load":
             self._give_back(known)
         self._orders.drop.append(known.number)  # Other ranks may have succeeded.

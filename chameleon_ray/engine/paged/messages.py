@@ -90,6 +90,14 @@ class ModelLayout(KVConnectorHandshakeMetadata):
 
 
 @dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a request must end with an error. retry_after_s: when to try its adapter again; None: never."""
+
+    reason: str
+    retry_after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Fetch:
     """Read an adapter from its folder into host memory. slice_ranks: see ``plan_rows``."""
 

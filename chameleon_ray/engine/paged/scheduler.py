@@ -19,9 +19,10 @@ from vllm.v1.request import Request, RequestStatus
 
 from chameleon_ray.engine.paged.connector import PagedConnector
 from chameleon_ray.engine.paged.memory import AdapterMemory
-from chameleon_ray.engine.paged.messages import PagedUnsupportedError, tells_starter
+from chameleon_ray.engine.paged.messages import PagedUnsupportedError, Refusal, tells_starter
 from chameleon_ray.engine.paged.options import lift_slot_limits, unsupported_reason
 from chameleon_ray.engine.paged.queue import PolicyQueue, SkippedQueue
+from chameleon_ray.engine.refusals import RETRY_AFTER_S
 
 logger = init_logger(__name__)
 
@@ -79,13 +80,15 @@ class ChameleonScheduler(AsyncScheduler):
         self._memory.evict_idle()  # vLLM resets only a pool of which nothing is lent.
         return super().reset_prefix_cache(reset_running_requests, reset_connector)
 
-    def _end_failed(self, failed: dict[str, str], outputs: dict[int, EngineCoreOutputs]) -> None:
+    def _end_failed(self, failed: dict[str, Refusal], outputs: dict[int, EngineCoreOutputs]) -> None:
         for request in self.finish_requests(list(failed), RequestStatus.FINISHED_ERROR):
+            refusal = failed[request.request_id]
             output = EngineCoreOutput(
                 request_id=request.request_id,
                 new_token_ids=[],
                 finish_reason=request.get_finished_reason(),
-                stop_reason=failed[request.request_id],
+                stop_reason=refusal.reason,
+                kv_transfer_params={RETRY_AFTER_S: refusal.retry_after_s},
                 events=request.take_events(),
                 trace_headers=request.trace_headers,
             )

@@ -18,7 +18,9 @@ class AdapterStats(KVConnectorStats):
     those that changed since the last report), ``failures`` (digest -> reason, all), ``seconds`` (``fetch`` and ``load``
     durations since the last report), ``eviction_cost_s`` (what one more adapter would cost later requests), ``queues``
     (``policy.admission.QueuesState``), ``waited`` ((queue, queueing delay in s) of requests admitted since the last
-    report), ``predictions`` (``policy.lengths.AccuracySnapshot``)."""
+    report), ``predictions`` (``policy.lengths.AccuracySnapshot``), ``waiting`` (``AdapterMemory.waiting``),
+    ``oldest_waiting_s``, ``limits`` (``engine.report.MemoryLimits``), ``num_inspection_failures``. ``engine/report.py``
+    makes objects of it."""
 
     def reset(self) -> None:
         self.data = {}
@@ -70,4 +72,8 @@ class StatsReporter:
         report["waited"], self._memory.waited = self._memory.waited, []
         report["queues"] = asdict(self._memory.policy.queues.state())
         report["predictions"] = asdict(self._memory.accuracy.snapshot())
+        report["waiting"] = self._memory.waiting()
+        report["oldest_waiting_s"] = self._memory.oldest_waiting_s
+        report["limits"] = asdict(self._memory.limits)
+        report["num_inspection_failures"] = self._memory.num_inspection_failures
         return AdapterStats(data=report)

@@ -1,5 +1,6 @@
 """Requests and adapters that are wrong: a clear 4xx each, and nobody else notices."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -248,3 +249,27 @@ def test_an_adapter_that_is_lost_after_its_registration_fails_alone(
         assert text_of(complete(service, NAME)) == whole
     finally:
         service.unload(NAME)
+
+
+def test_an_adapter_that_breaks_behind_validation_says_why_and_when_to_come_back(service: Service) -> None:
+    shutil.rmtree(service.uploads / NAME, ignore_errors=True)
+    folder = scaled_adapter(service.demo.adapters / OTHER, service.uploads / NAME, 0.55)
+    stored = set(service.store.iterdir())
+    assert service.load(NAME, folder).status_code == 200
+    try:
+        (copy,) = set(service.store.iterdir()) - stored
+        weights = copy / WEIGHTS_FILE
+        os.truncate(weights, weights.stat().st_size // 2)  # found valid a moment ago; the engine has not read it yet
+        chat = {"model": NAME, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+        for path, body in (("/v1/completions", completion(NAME)), ("/v1/chat/completions", chat)):
+            for streamed in (False, True):
+                response = service.http.post(path, json=body | {"stream": streamed})
+                error = error_of(response, 503)
+                assert (error["type"], error["param"]) == ("adapter_load_failed", "model")
+                assert NAME in error["message"] and "cannot be read" in error["message"], error
+                assert 1 <= int(response.headers["Retry-After"]) <= 5
+                text_of(complete(service, OTHER))
+        wait_for(lambda: any(replica["failed"] for replica in service.placement()), "placement says so", 5.0)
+    finally:
+        service.unload(NAME)
+        shutil.rmtree(copy)
