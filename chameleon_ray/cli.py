@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from chameleon_ray.bench import serve as bench_serve
+from chameleon_ray.bench.calibrate import run as bench_calibrate
 from chameleon_ray.bench.load.errors import LoadError
 
 
@@ -47,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     load.set_defaults(run=bench_serve.run)
     engine = benches.add_parser("engine", help="one engine: vLLM's slots, adapters in KV memory, base model")
     engine.set_defaults(run=_bench_engine)
+    calibrate = commands.add_parser("calibrate", help="measure an engine and write a cost model for the simulator")
+    bench_calibrate.add_arguments(calibrate)
+    calibrate.set_defaults(run=lambda arguments: _told(lambda: bench_calibrate.run(arguments)))
     burst = benches.add_parser("burst", help="KV memory over time: idle adapters give way to a burst of long prompts")
     burst.add_argument("--plot", type=Path, metavar="FILE", help="draw it there (.png, .svg, .pdf)")
     burst.set_defaults(run=_bench_burst)
@@ -63,11 +67,14 @@ def _add_simulations(commands: Any) -> None:
     )
     grid = kinds.add_parser("run", help="one scenario, or a grid of them, from a YAML file")
     grid.add_argument("scenario", type=Path, help="YAML file")
+    grid.add_argument("--plot", type=Path, metavar="FILE", help="also draw the figures there (.png, .svg, .pdf)")
     grid.set_defaults(run=_sim_run)
     paper = kinds.add_parser("paper", help="the published experiments: paper, ours, difference")
+    paper.add_argument("--plots", type=Path, metavar="FOLDER", help="also draw the paper's figures there")
     paper.set_defaults(run=_sim_paper)
     cluster = kinds.add_parser("cluster", help="routing policies on many replicas, side by side")
     _add_cluster_options(cluster)
+    cluster.add_argument("--plot", type=Path, metavar="FILE", help="also draw the figures there (.png, .svg, .pdf)")
     cluster.set_defaults(run=_sim_cluster)
     plan = commands.add_parser("plan", help="the fewest replicas that hold an SLO for a scenario's traffic")
     plan.add_argument("scenario", type=Path, help="YAML file, as for `sim run`")
@@ -177,13 +184,13 @@ def _bench_burst(arguments: argparse.Namespace) -> int:
 def _sim_run(arguments: argparse.Namespace) -> int:
     from chameleon_ray.sim.grid import run
 
-    return _told(lambda: run(arguments.scenario, arguments.json))
+    return _told(lambda: run(arguments.scenario, arguments.json, plot_path=arguments.plot))
 
 
 def _sim_paper(arguments: argparse.Namespace) -> int:
     from chameleon_ray.sim.paper import run
 
-    return _told(lambda: run(arguments.json))
+    return _told(lambda: run(arguments.json, plot_folder=arguments.plots))
 
 
 def _sim_cluster(arguments: argparse.Namespace) -> int:
@@ -203,7 +210,8 @@ def _sim_cluster(arguments: argparse.Namespace) -> int:
             cost_model=arguments.cost_model,
             seed=arguments.seed,
         )
-        return run(scenario, [name for name in arguments.routing.split(",") if name], json_path=arguments.json)
+        routings = [name for name in arguments.routing.split(",") if name]
+        return run(scenario, routings, json_path=arguments.json, plot_path=arguments.plot)
 
     return _told(simulate)
 

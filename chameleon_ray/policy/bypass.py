@@ -78,8 +78,7 @@ class Bypasses:
         bypassers = [entry for entry in reversed(self._bypassers.values()) if entry.bypassed is head]
         for count in range(1, len(bypassers) + 1):
             chosen = bypassers[:count]
-            returned = sum(tokens for entry in chosen for lender, tokens in entry.loans if lender is head.queue)
-            has_quota = head.tokens <= head.queue.free_tokens + returned
+            has_quota = head.tokens <= head.queue.free_tokens + self._queues.returned_by(chosen, head.queue)
             if has_quota and self._room.fits_after(head.request, [entry.request_id for entry in chosen]):
                 return tuple(entry.request_id for entry in chosen)
         return ()

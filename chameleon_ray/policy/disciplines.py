@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from chameleon_ray.policy.load_window import LoadWindow
-from chameleon_ray.policy.sizing import Scales, SizingOptions, cluster, token_quotas
+from chameleon_ray.policy.sizing import QueueLoad, Scales, SizingOptions, cluster, token_quotas
 
 UNLIMITED = 1 << 62
 _MIN_SAMPLES = 32
@@ -19,7 +19,7 @@ class QueueOptions:
 
     total_tokens: tokens that running requests may hold together (KV cache plus adapters, in tokens).
     max_running: requests that the engine runs at once, its seats; None: tokens alone limit.
-    slo_s: None takes five mean durations. refresh_s: the paper's T_refresh.
+    slo_s: None takes five mean durations. refresh_s: T_refresh, 300 in the paper.
     max_overtakes: how often capacity may let younger requests pass one (rule 6).
     max_squash_share: bypasses are allowed as long as squashing them all would stay within this share of admissions.
     priority_s: seconds of seniority that one level of client priority is worth.
@@ -31,7 +31,7 @@ class QueueOptions:
     max_queues: int = 4
     k_rule: Literal["elbow", "min_wcss"] = "elbow"
     slo_s: float | None = None
-    refresh_s: float = 300.0
+    refresh_s: float = 60.0
     max_overtakes: int = 32
     max_squash_share: float = 0.05
     priority_s: float = 1.0
@@ -73,10 +73,7 @@ class Discipline:
 
 
 def _measured_queues(window: LoadWindow, scales: Scales, options: QueueOptions, now_s: float) -> Layout:
-    cutoffs: tuple[float, ...] = ()
-    if window.num_arrived >= _MIN_SAMPLES:
-        cutoffs = cluster(window.sizes(scales), options.max_queues, options.k_rule).cutoffs
-    loads = window.loads(cutoffs, scales, now_s)
+    cutoffs, loads = _cutoffs_and_loads(window, scales, options, now_s)
     slo_s = options.slo_s or window.slo_s()
     quotas = token_quotas(options.total_tokens, loads, slo_s)
     seats = (UNLIMITED,) * len(loads)
@@ -86,6 +83,24 @@ def _measured_queues(window: LoadWindow, scales: Scales, options: QueueOptions, 
         by_seat = [replace(load, max_request_tokens=1) for load in loads]
         seats = tuple(max(1, share) for share in token_quotas(options.max_running, by_seat, slo_s).tokens)
     return Layout(cutoffs, quotas.tokens, seats, quotas.scale)
+
+
+def _cutoffs_and_loads(
+    window: LoadWindow, scales: Scales, options: QueueOptions, now_s: float
+) -> tuple[tuple[float, ...], tuple[QueueLoad, ...]]:
+    """As many queues as clustering finds and as have room for their largest request each, all at once.
+
+    A queue with less could run that request only by holding up all others (rule 6 of ``queues.py``).
+    """
+    max_queues = options.max_queues if window.num_arrived >= _MIN_SAMPLES else 1
+    sizes = window.sizes(scales)
+    while max_queues > 1:
+        cutoffs = cluster(sizes, max_queues, options.k_rule).cutoffs
+        loads = window.loads(cutoffs, scales, now_s)
+        if sum(load.max_request_tokens for load in loads) <= options.total_tokens:
+            return cutoffs, loads
+        max_queues = len(cutoffs)
+    return (), window.loads((), scales, now_s)
 
 
 def _one_queue(window: LoadWindow, scales: Scales, options: QueueOptions, now_s: float) -> Layout:

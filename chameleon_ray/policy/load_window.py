@@ -90,7 +90,10 @@ class LoadWindow:
         return self._sizes(self._arrivals.values(), scales)
 
     def loads(self, cutoffs: Sequence[float], scales: Scales, now_s: float) -> tuple[QueueLoad, ...]:
-        """S, D and lambda of each queue that ``cutoffs`` make; D is the overall mean where no request has ended."""
+        """S, D, lambda and the mean request of each queue that ``cutoffs`` make.
+
+        D is the overall mean where no request has ended.
+        """
         recent, ends = self._arrivals.values(), self._ends.values()
         queues = np.searchsorted(cutoffs, self._sizes(recent, scales))
         end_queues = np.searchsorted(cutoffs, self._sizes(ends, scales))
@@ -102,7 +105,8 @@ class LoadWindow:
             durations = ends[end_queues == queue, 0]
             members = tokens[queues == queue]
             duration_s = float(durations.mean()) if durations.size else self.mean_duration_s()
-            loads.append(QueueLoad(int(members.max(initial=1.0)), duration_s, members.size / span_s))
+            mean_tokens = float(members.mean()) if members.size else 1.0
+            loads.append(QueueLoad(int(members.max(initial=1.0)), duration_s, members.size / span_s, mean_tokens))
         return tuple(loads)
 
     def mean_duration_s(self) -> float:

@@ -1,7 +1,7 @@
 """All queues of a replica with their requests: every move between places, and every token lent and returned."""
 
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable
 
 from chameleon_ray.policy.admission import Admission
 from chameleon_ray.policy.disciplines import UNLIMITED, Layout
@@ -15,8 +15,8 @@ class QueueSet:
     def __init__(self, layout: Layout, max_running: int | None) -> None:
         self.entries: dict[str, Entry] = {}
         self.running: dict[str, Entry] = {}
-        self.adapters_in_use: Counter[str] = Counter()
-        """Digest -> running requests that use the adapter."""
+        self.adapter_users: dict[str, dict[str, Entry]] = {}
+        """Digest -> running requests that use the adapter, in order of admission; the first one has borrowed for it."""
         self.used_tokens = 0
         self.queues = _queues(layout)
         self._total_tokens = sum(layout.quotas)
@@ -69,7 +69,7 @@ class QueueSet:
         entry.admitted_s = now_s
         self.running[entry.request_id] = entry
         if entry.request.adapter is not None:
-            self.adapters_in_use[entry.request.adapter.digest] += 1
+            self.adapter_users.setdefault(entry.request.adapter.digest, {})[entry.request_id] = entry
         entry.queue.num_running += 1
         self.used_tokens += entry.tokens
         own = min(entry.queue.free_tokens, entry.tokens)
@@ -95,13 +95,13 @@ class QueueSet:
                 del self._loading[digest]
         else:
             del self.running[entry.request_id]
-            if entry.request.adapter is not None:
-                self._leave_adapter(entry.request.adapter.digest)
             entry.queue.num_running -= 1
             self.used_tokens -= entry.tokens
             for lender, tokens in entry.loans:
                 lender.used_tokens -= tokens
             entry.loans = []
+            if entry.request.adapter is not None:
+                self._leave_adapter(entry, entry.request.adapter.digest)
         entry.place = Place.GONE
         del self.entries[entry.request_id]
 
@@ -127,6 +127,16 @@ class QueueSet:
             return True
         kept = sum(other.free_seats for other in self.queues if other and other is not queue)
         return spare and len(self.running) + kept < self._max_running
+
+    def returned_by(self, leaving: Collection[Entry], queue: SizeQueue) -> int:
+        """Tokens that ``queue`` would get back if the running requests ``leaving`` left together."""
+        tokens = sum(lent for entry in leaving for lender, lent in entry.loans if lender is queue)
+        for entry in leaving:
+            if entry.adapter_tokens and entry.request.adapter is not None:
+                users = self.adapter_users[entry.request.adapter.digest].values()
+                heir = next((user for user in users if user not in leaving), None)
+                tokens -= entry.adapter_tokens if heir is not None and heir.queue is queue else 0
+        return tokens
 
     def rearrange(self, layout: Layout, classify: Callable[[Entry], None]) -> None:
         """New queues: every request moves to its own by ``classify``, in order, running ones with their loans."""
@@ -172,13 +182,24 @@ class QueueSet:
             borrowed = entry.tokens if entry.place is Place.RUNNING else 0
             assert _total(tokens for _, tokens in entry.loans) == borrowed, f"{entry.request_id} borrowed otherwise"
         assert self.used_tokens == sum(entry.tokens for entry in running)
-        in_use = Counter(entry.request.adapter.digest for entry in running if entry.request.adapter is not None)
-        assert self.adapters_in_use == in_use, f"{self.adapters_in_use} adapters in use, {in_use} by running requests"
+        with_adapter = {entry.request_id for entry in running if entry.request.adapter is not None}
+        assert {r for users in self.adapter_users.values() for r in users} == with_adapter, "users are not running"
+        for digest, users in self.adapter_users.items():
+            borrowers = [request_id for request_id, entry in users.items() if entry.adapter_tokens]
+            assert borrowers in ([], [next(iter(users))]), f"{borrowers} borrowed for {digest}"
 
-    def _leave_adapter(self, digest: str) -> None:
-        self.adapters_in_use[digest] -= 1
-        if not self.adapters_in_use[digest]:
-            del self.adapters_in_use[digest]
+    def _leave_adapter(self, entry: Entry, digest: str) -> None:
+        """The adapter stays in memory while others use it: the next one of them borrows for it from its own queue."""
+        users = self.adapter_users[digest]
+        del users[entry.request_id]
+        if not users:
+            del self.adapter_users[digest]
+        elif entry.adapter_tokens:
+            heir = next(iter(users.values()))
+            heir.adapter_tokens = entry.adapter_tokens
+            heir.tokens += entry.adapter_tokens
+            self.used_tokens += entry.adapter_tokens
+            self._lend(heir, heir.queue, entry.adapter_tokens)
 
     def _join_loading(self, entry: Entry) -> None:
         assert entry.request.adapter is not None

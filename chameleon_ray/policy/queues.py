@@ -4,8 +4,8 @@ The rules
 1. Every request belongs to one queue, by its size (WRS). A queue is ordered by arrival; a level of client priority is
    worth ``priority_s`` of seniority, within bounds, so that it orders equals and starves nobody.
 2. An admitted request borrows its tokens (prompt + predicted output + adapter as tokens) and a seat in the batch, and
-   returns them whichever way it leaves: end, abort, preemption, squash. An adapter that running requests use already
-   is in memory once, so those that join them do not borrow for it again.
+   returns them whichever way it leaves: end, abort, preemption, squash. An adapter that several running requests use
+   is in memory once: only the first of them borrows for it, and when that one leaves, the next.
 3. Each step offers requests smallest queue first. Phase 1: a queue admits from its head while its own quota lasts.
    Phase 2: what queues in which nobody waits have left is offered, in the same order, on top of a queue's own rest.
    A queue stops at its first request that does not fit. A queue that lends nothing may exceed its quota by one request,
@@ -28,7 +28,7 @@ from chameleon_ray.policy.disciplines import DISCIPLINES, Layout, QueueOptions
 from chameleon_ray.policy.load_window import LoadWindow
 from chameleon_ray.policy.queue_set import QueueSet
 from chameleon_ray.policy.size_queue import Entry, Place, SizeQueue
-from chameleon_ray.policy.sizing import QueuedRequest, queue_of, request_size, request_tokens
+from chameleon_ray.policy.sizing import QueuedRequest, adapter_tokens, queue_of, request_size
 
 _MAX_LOOKS = 64
 """Requests of one queue that a step may look at in vain; bounds its cost."""
@@ -100,8 +100,8 @@ class RequestQueues:
         """A request arrives. Raises QueueError for an id that is in use."""
         if request.request_id in self:
             raise QueueError(f"request {request.request_id} is queued or running already: use another id")
-        tokens = request_tokens(request, self._options.sizing)
-        entry = Entry(request, self._window.num_arrived, now_s, tokens, self._set.queues[0], waiting_since_s=now_s)
+        entry = Entry(request, self._window.num_arrived, now_s, 0, self._set.queues[0], waiting_since_s=now_s)
+        self._price(entry)
         self._window.arrived(request, now_s)
         self._classify(entry)
         self._set.enter(entry)
@@ -232,12 +232,13 @@ class RequestQueues:
             assert entry.queue is self._set.queues[queue_of(entry.size, self._layout.cutoffs)], "in another's queue"
         assert self._candidate is None or self._candidate.place is Place.WAITING
 
-    def _tokens_now(self, entry: Entry) -> int:
-        """What the request would borrow if it ran now (rule 2)."""
-        request = entry.request
-        if request.adapter is not None and request.adapter.digest in self._set.adapters_in_use:
-            return request.num_prompt_tokens + request.num_predicted_tokens
-        return request_tokens(request, self._options.sizing)
+    def _price(self, entry: Entry) -> None:
+        """Note what the request would borrow if it ran now (rule 2)."""
+        request, adapter = entry.request, entry.request.adapter
+        entry.adapter_tokens = 0
+        if adapter is not None and adapter.digest not in self._set.adapter_users:
+            entry.adapter_tokens = adapter_tokens(adapter, self._options.sizing)
+        entry.tokens = request.num_prompt_tokens + request.num_predicted_tokens + entry.adapter_tokens
 
     def _classify(self, entry: Entry) -> None:
         entry.size = request_size(entry.request, self._scales, self._options.sizing)
@@ -306,7 +307,7 @@ class RequestQueues:
         admission = self._room.admission(held.request)
         hopeless = admission is Admission.NO_ROOM and not self._set.running
         if admission in (Admission.READY, Admission.FITS):
-            held.tokens = self._tokens_now(held)
+            self._price(held)
             if self._set.running and held.tokens > self._set.free_tokens:
                 return
             yield held
@@ -320,7 +321,7 @@ class RequestQueues:
         entry.was_ready |= admission is Admission.READY
         if admission is Admission.LOADING:
             return Obstacle.LOADING
-        entry.tokens = self._tokens_now(entry)
+        self._price(entry)
         if entry.tokens > self._set.allowance(queue, spare) or not self._set.has_seat(queue, spare):
             return Obstacle.QUOTA
         if admission is Admission.NO_ROOM:

@@ -28,7 +28,8 @@ class Place(Enum):
 class Entry:
     """A request in the queues.
 
-    arrival: number of the request, in order of arrival. tokens: what it borrows while it runs.
+    arrival: number of the request, in order of arrival.
+    tokens, adapter_tokens: what it borrows while it runs, and the part of it that is for its adapter.
     size: its WRS by the scales in force. admitted_s: when it last began to run.
     waiting_since_s: when it arrived or last came back.
     overtaken: requests admitted while only capacity, not its queue's quota, kept it waiting.
@@ -41,6 +42,7 @@ class Entry:
     arrival_s: float
     tokens: int
     queue: "SizeQueue"
+    adapter_tokens: int = 0
     size: float = 0.0
     order: Order = (0.0, 0)
     place: Place = Place.WAITING

@@ -8,7 +8,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import ceil
+from math import ceil, inf
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -80,10 +80,15 @@ class Scales:
     base_adapter_bytes: float = 1.0
 
 
+def adapter_tokens(adapter: Adapter, options: SizingOptions) -> int:
+    """An adapter's bytes as KV tokens."""
+    return ceil(adapter.size_bytes / options.kv_token_bytes)
+
+
 def request_tokens(request: QueuedRequest, options: SizingOptions) -> int:
     """Tokens that a request borrows from a quota: prompt + predicted output + its adapter's bytes as KV tokens."""
-    adapter_bytes = request.adapter.size_bytes if request.adapter else 0
-    return request.num_prompt_tokens + request.num_predicted_tokens + ceil(adapter_bytes / options.kv_token_bytes)
+    own = request.num_prompt_tokens + request.num_predicted_tokens
+    return own + (adapter_tokens(request.adapter, options) if request.adapter else 0)
 
 
 def request_size(request: QueuedRequest, scales: Scales, options: SizingOptions) -> float:
@@ -186,11 +191,25 @@ def _partitions(points: Floats, max_queues: int) -> tuple[list[float], list[list
 
 @dataclass(frozen=True, slots=True)
 class QueueLoad:
-    """Measured load of one queue: its largest request in tokens (S), expected duration (D), arrival rate (lambda)."""
+    """Measured load of one queue: its largest request in tokens (S), expected duration (D), arrival rate (lambda).
+
+    mean_request_tokens: its mean request, where known; nothing above S counts.
+    """
 
     max_request_tokens: int
     duration_s: float
     arrivals_per_s: float
+    mean_request_tokens: float = inf
+
+    def minimum_tokens(self, slo_s: float) -> float:
+        """The paper's ``tok_min``."""
+        return self.max_request_tokens * self.duration_s * (1 / slo_s + self.arrivals_per_s)
+
+    @property
+    def tokens_in_flight(self) -> float:
+        """Tokens that its requests hold at a time if none has to wait (Little's law)."""
+        tokens = min(self.mean_request_tokens, self.max_request_tokens)
+        return tokens * self.duration_s * self.arrivals_per_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,20 +232,21 @@ class Quotas:
 def token_quotas(total_tokens: int, loads: Sequence[QueueLoad], slo_s: float) -> Quotas:
     """Quotas from ``tok_min = S*D*(1/SLO + lambda)`` (an M/M/1 queue that holds the SLO); the rest in proportion.
 
-    When the minima exceed the total, what the SLO adds (``S*D/SLO``) is scaled down first, so that every queue keeps
-    up with its arrivals for as long as that is possible; only then is what arrives (``S*D*lambda``) scaled as well.
+    When the minima exceed the total, every queue gets what its requests hold on average, and of the rest a share in
+    proportion to what it lacks to its minimum, so that every queue keeps up with its arrivals for as long as that is
+    possible; only then is what arrives scaled down as well. By the formula alone, which counts every request as if it
+    were the queue's largest, shares would go by how far that is from the mean.
     One bound the formula lacks: no quota is below the queue's largest request while the total has room for one of each
     queue; it could else only run on what other queues leave.
     Raises ValueError without queues or when ``total_tokens`` or ``slo_s`` is not positive.
     """
     if not loads or total_tokens <= 0 or slo_s <= 0:
         raise ValueError("quotas need at least one queue and a positive token total and SLO")
-    arriving = [load.max_request_tokens * load.duration_s * load.arrivals_per_s for load in loads]
-    reserves = [load.max_request_tokens * load.duration_s / slo_s for load in loads]
-    minima = tuple(work + reserve for work, reserve in zip(arriving, reserves, strict=True))
-    needed = sum(minima)
-    kept = min(1.0, max(0.0, total_tokens - sum(arriving)) / sum(reserves)) if needed > total_tokens else 1.0
-    weights = [work + kept * reserve for work, reserve in zip(arriving, reserves, strict=True)]
+    minima = tuple(load.minimum_tokens(slo_s) for load in loads)
+    arriving = [load.tokens_in_flight for load in loads]
+    needed, lacking = sum(minima), sum(minima) - sum(arriving)
+    kept = min(1.0, max(0.0, total_tokens - sum(arriving)) / lacking) if needed > total_tokens else 1.0
+    weights = [work + kept * (minimum - work) for work, minimum in zip(arriving, minima, strict=True)]
     floors = [load.max_request_tokens for load in loads]
     shares = _shares(total_tokens, weights, floors if sum(floors) <= total_tokens else [0] * len(loads))
     tokens = [int(share) for share in shares]

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from chameleon_ray.policy.adapter import Tier
 from chameleon_ray.policy.cache import State
 from chameleon_ray.policy.routing import LoadCosts
+from chameleon_ray.sim import plots
 from chameleon_ray.sim.costs import CostModel, Count, NotNegative, Positive, load_cost_model
 from chameleon_ray.sim.loop import Event
 from chameleon_ray.sim.loop import run as run_events
@@ -127,15 +128,18 @@ def run(
     routings: Iterable[str] = (),
     json_path: Path | None = None,
     num_workers: int | None = None,
+    plot_path: Path | None = None,
 ) -> int:
     """Simulate the scenario with each routing policy (none named: all), print a table; the exit status.
 
-    Raises ClusterError, CostModelError.
+    json_path, plot_path: files that are written as well. Raises ClusterError, CostModelError, PlotError.
     """
     names = list(routings) or list(ROUTERS)
     for name in names:
         if name not in ROUTERS:
             raise ClusterError(f"no routing policy {name!r}: choose from {', '.join(ROUTERS)}")
+    if plot_path is not None:
+        plots.check_file(plot_path)
     load_cost_model(scenario.cost_model)
     results = map_tasks(simulate_cluster, [_with(scenario, name) for name in names], "simulating", num_workers)
     titles = ("TTFT P50", "P99", "hits", "loads/req", "copies", "imbalance", "retries")
@@ -143,11 +147,11 @@ def run(
     for name, r in zip(names, results, strict=True):
         cells = (r.ttft_p50_s, r.ttft_p99_s, r.hit_rate, r.loads_per_request, r.copies, r.imbalance, r.retries)
         print(f"{name:20}" + "".join(f"{cell:11.4g}" for cell in cells))
+    routing = dict(zip(names, map(asdict, results), strict=True))
+    if plot_path is not None:
+        plots.plot_cluster(routing, plot_path)
     if json_path is not None:
-        content = {
-            "scenario": scenario.model_dump(mode="json"),
-            "routing": dict(zip(names, map(asdict, results), strict=True)),
-        }
+        content = {"scenario": scenario.model_dump(mode="json"), "routing": routing}
         json_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return 0
 

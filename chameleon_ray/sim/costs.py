@@ -3,10 +3,13 @@
 A step that computes ``tokens`` (prefill chunks and one per decoding request) with ``context_tokens`` of KV cache in the
 batch takes
 
-    overhead_s + max(weights_read_s + kv_read_s * context_tokens, token_s * tokens)
+    overhead_s + request_s * requests in the step
+               + max(weights_read_s + kv_read_s * context_tokens, token_s * tokens)
+               + attention_s * sum over tokens of the tokens that each attends to
                + token_rank_s * sum over tokens of their adapter's rank + adapter_read_s * bytes of distinct adapters
 
-a roofline: reading weights and KV cache, or arithmetic, whichever is longer; then the LoRA kernels.
+a roofline: reading weights and KV cache, or arithmetic, whichever is longer; then attention's own arithmetic and the
+LoRA kernels. ``overhead_s`` and ``request_s`` are the host's time.
 """
 
 from collections.abc import Callable
@@ -33,11 +36,29 @@ class StepCosts(_Part):
     """Seconds; see the module's head. kv_read_s: per context token. adapter_read_s: per byte."""
 
     overhead_s: NotNegative = 0.0
+    request_s: NotNegative = 0.0
     weights_read_s: NotNegative
     kv_read_s: NotNegative
     token_s: NotNegative
+    attention_s: NotNegative = 0.0
     token_rank_s: NotNegative = 0.0
     adapter_read_s: NotNegative = 0.0
+
+    def seconds(
+        self,
+        tokens: int,
+        context_tokens: int,
+        token_ranks: float,
+        adapter_bytes: float,
+        requests: int,
+        attended_tokens: float,
+    ) -> float:
+        """Of one engine step. token_ranks: sum over tokens of rank. adapter_bytes: of distinct adapters.
+        attended_tokens: sum over tokens of how many tokens each attends to."""
+        reading_s = self.weights_read_s + self.kv_read_s * context_tokens
+        base_s = self.overhead_s + self.request_s * requests + max(reading_s, self.token_s * tokens)
+        lora_s = self.token_rank_s * token_ranks + self.adapter_read_s * adapter_bytes
+        return base_s + self.attention_s * attended_tokens + lora_s
 
 
 class MemoryCosts(_Part):
@@ -51,20 +72,57 @@ class MemoryCosts(_Part):
 
 
 class LinkCosts(_Part):
-    """Bandwidth in bytes/s, shared by concurrent transfers; overhead_s: fixed cost of a host-to-device load."""
+    """Bandwidth in bytes/s, shared by concurrent transfers. overhead_s: fixed cost of a host-to-device load;
+    disk_overhead_s: of a fetch from disk."""
 
     host_bytes_s: Positive
     disk_bytes_s: Positive
     source_bytes_s: Positive
     overhead_s: NotNegative = 0.0
+    disk_overhead_s: NotNegative = 0.0
 
 
 class EngineLimits(_Part):
-    """max_running: requests in a batch. max_step_tokens: tokens of a step, chunked prefill included."""
+    """max_running: requests in a batch. max_step_tokens: tokens of a step, chunked prefill included.
+
+    watermark_share: of the pool, kept free when a request joins others, so that running ones can grow (vLLM's option
+    ``watermark``, whose default is 0).
+    """
 
     max_running: Count = 256
     max_step_tokens: Count = 2048
     max_model_len: Count = 4096
+    watermark_share: float = Field(0.01, ge=0, lt=1)
+
+
+class FitError(_Part):
+    """How far a fit is from what it was fitted to, as shares of the measured seconds."""
+
+    points: Count
+    mean: NotNegative
+    p90: NotNegative
+    worst: NotNegative
+
+
+class Compared(_Part):
+    """One figure of the same workload on the engine and in the simulator. error: simulated over measured, less 1."""
+
+    measured: float
+    simulated: float
+    error: float
+
+
+class Calibration(_Part):
+    """What ``chameleon calibrate`` measured, and how well the model does on a workload it was not fitted to.
+
+    engine: what was measured. noise: median step over the fastest of its kind, less 1: 0 on a machine of its own.
+    validation: by figure; seconds.
+    """
+
+    engine: str
+    noise: NotNegative
+    step_fit: FitError
+    validation: dict[str, Compared] = {}
 
 
 class CostModel(_Part):
@@ -77,24 +135,32 @@ class CostModel(_Part):
     memory: MemoryCosts
     links: LinkCosts
     limits: EngineLimits = EngineLimits()
+    calibration: Calibration | None = None
 
-    def step_s(self, tokens: int, context_tokens: int, token_ranks: float = 0.0, adapter_bytes: float = 0.0) -> float:
-        """Seconds of one engine step. token_ranks: sum over tokens of rank; adapter_bytes: of distinct adapters."""
-        step = self.step
-        reading_s = step.weights_read_s + step.kv_read_s * context_tokens
-        base_s = step.overhead_s + max(reading_s, step.token_s * tokens)
-        return base_s + step.token_rank_s * token_ranks + step.adapter_read_s * adapter_bytes
+    def step_s(
+        self,
+        tokens: int,
+        context_tokens: int,
+        token_ranks: float = 0.0,
+        adapter_bytes: float = 0.0,
+        requests: int = 0,
+        attended_tokens: float = 0.0,
+    ) -> float:
+        """See ``StepCosts.seconds``."""
+        return self.step.seconds(tokens, context_tokens, token_ranks, adapter_bytes, requests, attended_tokens)
 
     def step_s_by_context(self, tokens: int, token_ranks: float, adapter_bytes: float) -> Callable[[int], float]:
-        """``step_s`` as a function of ``context_tokens`` alone, for many steps that differ in nothing else."""
+        """``step_s`` as a function of ``context_tokens`` alone, for many steps that only decode the same requests."""
         step = self.step
-        overhead_s, weights_read_s, kv_read_s = step.overhead_s, step.weights_read_s, step.kv_read_s
+        overhead_s = step.overhead_s + step.request_s * tokens
+        weights_read_s, kv_read_s, attention_s = step.weights_read_s, step.kv_read_s, step.attention_s
         arithmetic_s = step.token_s * tokens
         ranks_s, adapters_s = step.token_rank_s * token_ranks, step.adapter_read_s * adapter_bytes
 
         def step_s(context_tokens: int) -> float:
             reading_s = weights_read_s + kv_read_s * context_tokens
-            return overhead_s + (reading_s if reading_s > arithmetic_s else arithmetic_s) + ranks_s + adapters_s
+            base_s = overhead_s + (reading_s if reading_s > arithmetic_s else arithmetic_s)
+            return base_s + attention_s * context_tokens + ranks_s + adapters_s
 
         return step_s
 

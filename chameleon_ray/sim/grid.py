@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from chameleon_ray.sim import plots
 from chameleon_ray.sim.costs import load_cost_model
 from chameleon_ray.sim.parallel import map_tasks
 from chameleon_ray.sim.scenario import Scenario, simulate
@@ -49,21 +50,27 @@ class GridPoint:
     scenario: Scenario
 
 
-def run(path: Path, json_path: Path | None = None, num_workers: int | None = None) -> int:
-    """Simulate every combination, print a table, write ``json_path`` when given; the exit status.
+def run(
+    path: Path, json_path: Path | None = None, num_workers: int | None = None, plot_path: Path | None = None
+) -> int:
+    """Simulate every combination, print a table, write ``json_path`` and ``plot_path`` when given; the exit status.
 
-    Raises ScenarioError, CostModelError, TraceError before or while anything runs.
+    Raises ScenarioError, CostModelError, TraceError, PlotError before or while anything runs.
     """
     points = load_grid(path)
+    if plot_path is not None:
+        plots.check_file(plot_path)
     for name in {point.scenario.cost_model for point in points}:
         load_cost_model(name)
     summaries = map_tasks(_summary, [point.scenario for point in points], "simulating", num_workers)
     _print_table(points, summaries)
+    runs = [
+        {"settings": point.settings, "scenario": point.scenario.model_dump(mode="json"), "figures": summary}
+        for point, summary in zip(points, summaries, strict=True)
+    ]
+    if plot_path is not None:
+        plots.plot_grid(runs, plot_path)
     if json_path is not None:
-        runs = [
-            {"settings": point.settings, "scenario": point.scenario.model_dump(mode="json"), "figures": summary}
-            for point, summary in zip(points, summaries, strict=True)
-        ]
         json_path.write_text(json.dumps({"runs": runs}, indent=2) + "\n", encoding="utf-8")
     return 0
 
@@ -107,7 +114,7 @@ def _summary(scenario: Scenario) -> dict[str, float]:
 
 def _print_table(points: Sequence[GridPoint], summaries: Sequence[Mapping[str, float]]) -> None:
     labels = ["  ".join(f"{name}={value}" for name, value in point.settings.items()) or "run" for point in points]
-    width = max(len(label) for label in labels)
-    print(f"{'':{width}}" + "".join(f"{title:>11}" for title in _COLUMNS.values()))
+    width = max(10, *(len(label) for label in labels))
+    print(f"{'times in s':{width}}" + "".join(f"{title:>11}" for title in _COLUMNS.values()))
     for label, summary in zip(labels, summaries, strict=True):
         print(f"{label:{width}}" + "".join(f"{summary[key]:11.4g}" for key in _COLUMNS))

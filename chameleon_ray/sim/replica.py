@@ -11,7 +11,7 @@ memory suffices, and the policy is not to be asked. What happens during a span c
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -29,10 +29,8 @@ from chameleon_ray.sim.workload import SimRequest
 
 _PASS_INTERVAL_S = 0.05
 """How long decisions may rest while nothing has happened that could change them."""
-_WATERMARK_SHARE = 0.01
-"""Of the pool, kept free when a request joins others, as vLLM does, so that running requests can grow."""
 
-Outcome = Literal["finished", "refused", "lost"]
+Outcome = Literal["finished", "refused", "lost", "aborted"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +40,16 @@ class EngineMode:
     blocking_loads: needed adapters are loaded between steps, at most once before each, and nothing is computed
     meanwhile (S-LoRA); else beside them.
     reserve_outputs: a request starts only with KV blocks for its predicted output (S-LoRA); else they are taken as it
-    grows (vLLM). check_every: full conservation checks after every so many steps; 0: only at the end.
+    grows (vLLM).
+    separate_prefill: prompts are computed in steps of their own, in which nobody decodes (S-LoRA); else beside decoding
+    (chunked prefill). decodes_per_pass: decode steps that follow before requests are admitted again, 10 in S-LoRA.
+    check_every: full conservation checks after every so many steps; 0: only at the end.
     """
 
     blocking_loads: bool = False
     reserve_outputs: bool = False
+    separate_prefill: bool = False
+    decodes_per_pass: int = 0
     check_every: int = 0
 
 
@@ -55,7 +58,7 @@ class Job:
     """A request at a replica, and what became of it. Times are None until they happen.
 
     generated: tokens given so far. prefill_tokens, prefill_left: tokens to compute before the next one (after a
-    preemption, those given so far as well). end_step, grow_step: numbers of steps.
+    preemption, those given so far as well). end_step, grow_step: numbers of steps. admission: its place among all.
     """
 
     request: SimRequest
@@ -73,6 +76,7 @@ class Job:
     end_step: int = 0
     grow_step: int = 0
     num_preemptions: int = 0
+    admission: int = 0
 
     @property
     def rank(self) -> int:
@@ -102,7 +106,7 @@ class SimReplica:
         self.busy_s = 0.0
         self.alive = True
         self.host_link = Link(costs.links.host_bytes_s, costs.links.overhead_s)
-        self.disk_link = Link(costs.links.disk_bytes_s)
+        self.disk_link = Link(costs.links.disk_bytes_s, costs.links.disk_overhead_s)
         self.source_link = Link(costs.links.source_bytes_s)
         self._predictor = predictor
         self._ended = ended
@@ -113,6 +117,8 @@ class SimReplica:
         self._held_blocks = 0
         self._kv_blocks = 0
         self._prefilling: dict[str, Job] = {}
+        self._chunks: list[tuple[Job, int]] = []
+        self._num_admitted = 0
         self._num_decoding = 0
         self._decode_context = 0
         self._decode_ranks = 0
@@ -120,10 +126,13 @@ class SimReplica:
         self._batch_adapter_bytes = 0
         self._ends_at: defaultdict[int, list[Job]] = defaultdict(list)
         self._grows_at: defaultdict[int, list[Job]] = defaultdict(list)
-        self._stepping = self._dirty = False
+        self._stepping = self._dirty = self._prefills_only = False
+        self._decodes_left = 0
         self._step_ends_s: list[float] = []
         self._step_durations_s: list[float] = []
+        self.stalls_s: list[float] = []
         self._stalled_by: set[str] = set()
+        self._stalled_since_s = 0.0
         self._may_stall = True
         self._next_pass_s = 0.0
         self._polling = False
@@ -135,8 +144,13 @@ class SimReplica:
         return self.costs.memory.pool_blocks - self._kv_blocks - self._held_blocks
 
     def kv_blocks(self, request_id: str) -> int:
-        """Blocks of a running request's KV cache."""
-        return self.batch[request_id].kv_blocks
+        """Blocks of a running request's KV cache; as in the engine, those that it has computed."""
+        job = self.batch[request_id]
+        if self.mode.reserve_outputs:
+            return job.kv_blocks
+        if request_id in self._prefilling:
+            return self._blocks(job.prefill_tokens - job.prefill_left)
+        return self._blocks(job.prefill_tokens + self.num_steps + 1 - job.first_decode_step)
 
     # What happens from outside
 
@@ -159,13 +173,23 @@ class SimReplica:
         adapter = request.adapter
         if self._blocks(request.num_prompt_tokens + request.num_output_tokens) + (
             self.costs.adapter_blocks(adapter.size_bytes) if adapter else 0
-        ) > int(self.costs.memory.pool_blocks * (1 - _WATERMARK_SHARE)):
+        ) > int(self.costs.memory.pool_blocks * (1 - self.costs.limits.watermark_share)):
             self._leave(job, "refused", now_s)
             return ()
         job.num_predicted_tokens = self._predictor.predict(_features(request))
         queued = QueuedRequest(request.request_id, request.num_prompt_tokens, job.num_predicted_tokens, adapter)
         self.jobs[request.request_id] = job
         job.hit = self.policy.arrive(queued, now_s)
+        self._dirty = True
+        return self._wake(now_s)
+
+    def abort(self, request_id: str, now_s: float) -> Iterable[Event]:
+        """The client gives a request up, waiting or running. KeyError for one that is not here."""
+        job = self.jobs.pop(request_id)
+        if request_id in self.batch:
+            self._take_out(job)
+        self.policy.remove(request_id, now_s)
+        self._leave(job, "aborted", now_s)
         self._dirty = True
         return self._wake(now_s)
 
@@ -214,36 +238,70 @@ class SimReplica:
         return [(self._step_ends_s[last], self._end_steps)]
 
     def _begin_step(self, now_s: float) -> Iterable[Event]:
+        """In vLLM's order: squashes, memory for those that run, admissions, loads."""
         events: list[Event] = []
-        if self._dirty or now_s >= self._next_pass_s:
-            self._decide(now_s, events)
+        resting: tuple[str, ...] | None = None
+        if (self._dirty or now_s >= self._next_pass_s) and (self._decodes_left <= 0 or not self.batch):
+            resting = self._begin_decisions(now_s)
+        num_preempted = self._go_on(now_s, events)
+        if resting is not None:
+            self._decide(now_s, events, resting, may_admit=not num_preempted)
             if self._stalled_by:
                 return events
         if not self.batch:
             events += self._poll(now_s)
             return events
-        number = self.num_steps + 1
-        for job in self._grows_at.pop(number, ()):
-            if job.grow_step == number:
-                self._grow(job, now_s, events)
-        num_tokens, context, token_ranks = self._num_decoding, self._decode_context, self._decode_ranks
-        budget = max(0, self.costs.limits.max_step_tokens - num_tokens)
-        for job in self._prefilling.values():
-            chunk = min(budget, job.prefill_left)
-            if chunk == 0:
-                break
-            context += job.prefill_tokens - job.prefill_left
+        self._prefills_only = self.mode.separate_prefill and bool(self._prefilling)
+        if self._prefills_only:
+            self._decodes_left = self.mode.decodes_per_pass
+            num_requests = num_tokens = context = token_ranks = 0
+        else:
+            num_requests = num_tokens = self._num_decoding
+            context, token_ranks = self._decode_context, self._decode_ranks
+        attended = float(context)
+        num_requests += len(self._chunks)
+        for job, chunk in self._chunks:
+            computed = job.prefill_tokens - job.prefill_left
+            context += computed
+            attended += chunk * (computed + (chunk + 1) / 2)
             token_ranks += chunk * job.rank
             num_tokens += chunk
-            budget -= chunk
             job.prefill_left -= chunk
-        self._step_durations_s = [self.costs.step_s(num_tokens, context, token_ranks, self._batch_adapter_bytes)]
-        self._step_ends_s = [now_s + self._step_durations_s[0]]
+        duration_s = self.costs.step_s(
+            num_tokens, context, token_ranks, self._batch_adapter_bytes, num_requests, attended
+        )
+        self._step_durations_s = [duration_s]
+        self._step_ends_s = [now_s + duration_s]
         if not self._prefilling:
             self._extend_span()
         self._stepping = True
         events.append((self._step_ends_s[-1], self._end_steps))
         return events
+
+    def _go_on(self, now_s: float, events: list[Event]) -> int:
+        """KV blocks for what the next step computes of requests that run, and their prompts' chunks; oldest first.
+
+        Returns how many were preempted for it.
+        """
+        number = self.num_steps + 1
+        apart = self.mode.separate_prefill
+        growing = [] if apart and self._prefilling else self._grows_at.pop(number, ())
+        growing = [job for job in growing if job.grow_step == number]
+        num_preempted = 0
+        for job in sorted(growing, key=_admission):
+            num_preempted += self._grow(job, 1, now_s, events) if job.grow_step == number else 0
+        self._chunks = []
+        budget = self.costs.limits.max_step_tokens - (0 if apart else self._num_decoding)
+        for job in list(self._prefilling.values()):
+            chunk = min(budget, job.prefill_left)
+            if chunk <= 0 or job.request.request_id not in self.batch:
+                break
+            num_blocks = self._blocks(job.prefill_tokens - job.prefill_left + chunk) - job.kv_blocks
+            num_preempted += self._grow(job, num_blocks, now_s, events)
+            if job.request.request_id in self.batch:
+                self._chunks.append((job, chunk))
+                budget -= chunk
+        return num_preempted
 
     def _extend_span(self) -> None:
         """Add the steps that follow the first one until something may have to be decided."""
@@ -276,17 +334,28 @@ class SimReplica:
             return ()  # the replica died, or the span was cut and has ended before
         self._stepping = False
         self._may_stall = True
+        if self._prefills_only:
+            self.busy_s += self._step_durations_s[0]
+        else:
+            self._end_decoding(now_s)
+        return self._end_prompts(now_s)
+
+    def _end_decoding(self, now_s: float) -> None:
         for place, duration_s in enumerate(self._step_durations_s[: len(self._step_ends_s)]):
+            self._decodes_left -= 1
             self.num_steps += 1
             self.busy_s += duration_s
             self._decode_context += self._num_decoding
             if place:
                 for job in self._grows_at.pop(self.num_steps, ()):
                     if job.grow_step == self.num_steps:
-                        self._take_block(job)
-        for job in self._ends_at.pop(self.num_steps, ()):
+                        self._take_blocks(job, 1)
+        for job in sorted(self._ends_at.pop(self.num_steps, ()), key=_admission):
             if job.end_step == self.num_steps:
                 self._finish(job, now_s)
+
+    def _end_prompts(self, now_s: float) -> Iterable[Event]:
+        """Prompts that are computed begin to decode; the next step begins."""
         done = []
         for job in self._prefilling.values():
             if job.prefill_left:
@@ -312,43 +381,58 @@ class SimReplica:
         self._polling = False
         return self._wake(now_s)
 
-    def _decide(self, now_s: float, events: list[Event]) -> None:
-        """The policy's part of a step: squashes, admissions, loads."""
-        policy = self.policy
+    def _begin_decisions(self, now_s: float) -> tuple[str, ...]:
+        """Squashes, and the beginning of a step for the policy; returns who was squashed."""
         self._dirty = False
         self._next_pass_s = now_s + _PASS_INTERVAL_S
-        for request_id in policy.squashes():
+        squashed = self.policy.squashes()
+        for request_id in squashed:
             self._preempt(self.batch[request_id], now_s, squashed=True)
-        limits = self.costs.limits
-        due = len(self._grows_at.get(self.num_steps + 1, ()))
-        budget = limits.max_step_tokens - self._num_decoding - sum(j.prefill_left for j in self._prefilling.values())
-        watermark = int(self.costs.memory.pool_blocks * _WATERMARK_SHARE)
-        policy.begin_step(now_s)
-        while len(self.batch) < limits.max_running and (request := policy.peek()) is not None:
-            if budget <= 0:
-                self._dirty = True
-                break
-            job = self.jobs[request.request_id]
-            num_blocks = self._blocks_to_start(job)
-            short = num_blocks + due + (watermark if self.batch else 0) - self.free_blocks()
+        self.policy.begin_step(now_s)
+        return squashed
+
+    def _decide(self, now_s: float, events: list[Event], resting: Collection[str], may_admit: bool) -> None:
+        """The policy's part of a step: admissions and loads. resting: who must wait for the next step."""
+        policy, limits = self.policy, self.costs.limits
+        budget = limits.max_step_tokens - sum(chunk for _, chunk in self._chunks)
+        budget -= 0 if self.mode.separate_prefill else self._num_decoding
+        watermark = int(self.costs.memory.pool_blocks * limits.watermark_share)
+        while may_admit and (request := policy.peek()) is not None:
+            request_id = request.request_id
+            if request_id in resting:
+                policy.pass_over(request_id, Obstacle.NOT_READY)
+                continue
+            job = self.jobs[request_id]
+            num_tokens = job.request.num_prompt_tokens + job.generated
+            num_blocks = self._blocks_to_start(job, num_tokens)
+            short = num_blocks + (watermark if self.batch else 0) - self.free_blocks()
             if short > 0:
-                plan = policy.make_room(short, now_s, for_request=request.request_id, or_nothing=True)
+                plan = policy.make_room(short, now_s, for_request=request_id, or_nothing=True)
                 self._carry_out(plan, now_s, events)
                 if plan.freed_blocks < short:
-                    policy.pass_over(request.request_id, Obstacle.NO_MEMORY)
+                    policy.pass_over(request_id, Obstacle.NO_MEMORY)
                     continue
-            policy.admit(request.request_id, now_s)
-            self._admit(job, num_blocks, now_s)
-            budget -= job.prefill_left
-        plan = policy.end_step(now_s, reserved_blocks=len(self.batch))
+            if len(self.batch) >= limits.max_running or budget <= 0:  # vLLM looks at memory before this, too.
+                self._dirty |= budget <= 0
+                break
+            policy.admit(request_id, now_s)
+            chunk = min(budget, num_tokens)
+            self._admit(job, num_blocks if self.mode.reserve_outputs else self._blocks(chunk), now_s)
+            self._chunks.append((job, chunk))
+            budget -= chunk
+        prompt_blocks = sum(max(0, self._blocks(j.prefill_tokens) - j.kv_blocks) for j in self._prefilling.values())
+        plan = policy.end_step(now_s, reserved_blocks=len(self.batch) + prompt_blocks)
         self._carry_out(plan, now_s, events)
         if self.mode.blocking_loads and (self._may_stall or not self.batch):
             self._stalled_by.update(plan.load[: len(plan.load) - plan.num_prefetch])
             self._may_stall = not self._stalled_by
+            self._stalled_since_s = now_s
 
     def _admit(self, job: Job, num_blocks: int, now_s: float) -> None:
         if job.admitted_s is None:
             job.admitted_s = now_s
+        self._num_admitted += 1
+        job.admission = self._num_admitted
         job.prefill_tokens = job.prefill_left = job.request.num_prompt_tokens + job.generated
         job.kv_blocks = num_blocks
         self._kv_blocks += num_blocks
@@ -383,21 +467,26 @@ class SimReplica:
         if job.grow_step <= job.end_step:
             self._grows_at[job.grow_step].append(job)
 
-    def _grow(self, job: Job, now_s: float, events: list[Event]) -> None:
-        """One more KV block, from idle adapters or from whoever was admitted last if need be."""
+    def _grow(self, job: Job, num_blocks: int, now_s: float, events: list[Event]) -> int:
+        """More KV blocks, from idle adapters or from whoever was admitted last if need be; how many were preempted."""
         request_id = job.request.request_id
-        while request_id in self.batch and self.free_blocks() < 1:
-            plan = self.policy.make_room(1, now_s, for_request=request_id)
+        num_preempted = 0
+        while request_id in self.batch and (short := num_blocks - self.free_blocks()) > 0:
+            plan = self.policy.make_room(short, now_s, for_request=request_id)
             self._carry_out(plan, now_s, events)
             if not plan.evict:
                 self._preempt(next(reversed(self.batch.values())), now_s)
-        if request_id in self.batch:
-            self._take_block(job)
+                num_preempted += 1
+        if request_id in self.batch and num_blocks > 0:
+            self._take_blocks(job, num_blocks)
+        return num_preempted
 
-    def _take_block(self, job: Job) -> None:
-        job.kv_blocks += 1
-        self._kv_blocks += 1
-        job.grow_step += self.costs.memory.block_tokens
+    def _take_blocks(self, job: Job, num_blocks: int) -> None:
+        job.kv_blocks += num_blocks
+        self._kv_blocks += num_blocks
+        if job.request.request_id in self._prefilling:
+            return
+        job.grow_step += num_blocks * self.costs.memory.block_tokens
         if job.grow_step <= job.end_step:
             self._grows_at[job.grow_step].append(job)
 
@@ -473,6 +562,8 @@ class SimReplica:
         if not self.alive:
             return ()
         self.policy.loaded(digest)
+        if self._stalled_by == {digest}:
+            self.stalls_s.append(now_s - self._stalled_since_s)
         self._stalled_by.discard(digest)
         self._dirty = True
         return [*self._announce(digest, now_s), *self._wake(now_s)]
@@ -485,8 +576,7 @@ class SimReplica:
     def _blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.costs.memory.block_tokens)
 
-    def _blocks_to_start(self, job: Job) -> int:
-        num_tokens = job.request.num_prompt_tokens + job.generated
+    def _blocks_to_start(self, job: Job, num_tokens: int) -> int:
         if self.mode.reserve_outputs:
             num_tokens = max(num_tokens, job.request.num_prompt_tokens + job.num_predicted_tokens)
         return self._blocks(num_tokens)
@@ -496,6 +586,10 @@ class SimReplica:
             f"{self._kv_blocks} blocks of KV cache and {self._held_blocks} of adapters in a pool of "
             f"{self.costs.memory.pool_blocks}"
         )
+
+
+def _admission(job: Job) -> int:
+    return job.admission
 
 
 def _features(request: SimRequest) -> LengthFeatures:

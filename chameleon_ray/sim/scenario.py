@@ -40,7 +40,7 @@ class PolicySettings(BaseModel):
     size_form: Literal["product", "sum"] = "product"
     k_rule: Literal["elbow", "min_wcss"] = "elbow"
     max_queues: Count = 4
-    refresh_s: Positive = 300.0
+    refresh_s: Positive = 60.0
     slo_s: Positive | None = None
     predictor_accuracy: float | None = Field(None, ge=0, le=1)
 
@@ -66,6 +66,8 @@ class EngineSettings(BaseModel):
 
     blocking_loads: bool = False
     reserve_outputs: bool = False
+    separate_prefill: bool = False
+    decodes_per_pass: int = Field(0, ge=0)
     host_resident: bool = True
 
 
@@ -84,7 +86,10 @@ class Scenario(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """Jobs that arrived after the warm-up, in order of their end, and the run's totals."""
+    """Jobs that arrived after the warm-up, in order of their end, and the run's totals.
+
+    stalls_s: how long the engine stood still for loads, each time.
+    """
 
     jobs: list[Job]
     num_requests: int
@@ -97,6 +102,7 @@ class RunResult:
     num_admissions: int
     num_bypasses: int
     num_squashes: int
+    stalls_s: list[float]
 
     def ttfts_s(self) -> np.ndarray:
         """Times to first token of finished requests, in order of their end."""
@@ -189,7 +195,13 @@ def simulate(
     replica = SimReplica(
         costs,
         replica_config(costs, scenario.policy),
-        EngineMode(engine.blocking_loads, engine.reserve_outputs, scenario.check_every_steps),
+        EngineMode(
+            engine.blocking_loads,
+            engine.reserve_outputs,
+            engine.separate_prefill,
+            engine.decodes_per_pass,
+            scenario.check_every_steps,
+        ),
         make_predictor(scenario.policy, costs.limits.max_model_len, scenario.seed),
         lambda job, _: jobs.append(job),
     )
@@ -215,6 +227,7 @@ def simulate(
         num_admissions=queues.num_admissions,
         num_bypasses=queues.num_bypasses,
         num_squashes=queues.num_squashes,
+        stalls_s=replica.stalls_s,
     )
 
 

@@ -1,6 +1,7 @@
 import pytest
 from queue_room import SIZING, Room, queues, request, step
 
+from chameleon_ray.policy.adapter import Adapter
 from chameleon_ray.policy.admission import Admission, Obstacle
 from chameleon_ray.policy.disciplines import QueueOptions
 from chameleon_ray.policy.queues import QueueError
@@ -70,6 +71,20 @@ def test_tokens_return_on_every_way_out(way):
         waiting.check()
     assert [queue.used_tokens for queue in waiting.state().queues] == [0] * 4
     assert waiting.num_waiting == (7 if way in ("preempt", "squash") else 0)
+
+
+def test_an_adapter_is_borrowed_for_once_for_as_long_as_anybody_uses_it():
+    waiting = queues(sizing=SizingOptions(1, max_input_tokens=100, max_output_tokens=100, max_adapter_bytes=40))
+    adapter = Adapter("x", rank=8, size_bytes=40)
+    add(waiting, request("small", 50, adapter), request("large", 150, adapter))
+    assert step(waiting) == ["small", "large"]
+    assert [queue.used_tokens for queue in waiting.state().queues] == [50 + 40, 0, 150, 0]
+    waiting.finish("small", 1.0, 25)
+    waiting.check()
+    assert [queue.used_tokens for queue in waiting.state().queues] == [0, 0, 150 + 40, 0], "its memory is in use yet"
+    waiting.remove("large")
+    waiting.check()
+    assert [queue.used_tokens for queue in waiting.state().queues] == [0] * 4
 
 
 def test_a_preempted_request_returns_to_its_old_place():
@@ -467,6 +482,17 @@ def test_chameleon_learns_its_queues_from_traffic():
     assert [queue.quota_tokens for queue in state.queues] == [1000, 9000]
 
 
+def test_chameleon_has_no_queue_that_its_largest_request_does_not_fit():
+    def quotas(total_tokens):
+        waiting = queues("chameleon", total_tokens=total_tokens)
+        for number in range(40):
+            add(waiting, request(f"a{number}", 20), request(f"z{number}", 180), now_s=number * 0.1)
+        return waiting.refresh(4.0).quotas
+
+    assert quotas(200) == (20, 180)
+    assert quotas(199) == (199,)
+
+
 def test_chameleon_reports_quotas_that_cannot_hold_the_slo():
     waiting = queues("chameleon", total_tokens=100, slo_s=1.0)
     add(waiting, *many("a", 100, 200), now_s=0.0)
@@ -497,7 +523,7 @@ def test_priority_orders_equals_and_is_worth_bounded_seniority():
     assert step(waiting, 20.5) == ["patient", "newcomer"]  # at most ten levels each way: 20 s
 
 
-def test_refresh_moves_waiting_requests_in_order_and_runs_every_five_minutes():
+def test_refresh_moves_waiting_requests_in_order_and_runs_every_minute():
     waiting = queues("chameleon", total_tokens=300)
     for number in range(64):
         add(waiting, request(f"r{number}", 20 if number % 2 else 180), now_s=number * 0.01)
@@ -506,9 +532,9 @@ def test_refresh_moves_waiting_requests_in_order_and_runs_every_five_minutes():
     running = waiting.num_running
     assert 0 < running < 64 and len(order) == 64 - running
     refreshes = waiting.state().num_refreshes
-    step(waiting, 300.9)
+    step(waiting, 60.9)
     assert waiting.state().num_refreshes == refreshes
-    step(waiting, 301.1)
+    step(waiting, 61.1)
     assert waiting.state().num_refreshes == refreshes + 1
     for queue in range(len(waiting.state().queues)):
         numbers = [int(one.request_id[1:]) for one in waiting.waiting(queue)]

@@ -245,8 +245,9 @@ def waits_s(replica, kind):
 @pytest.mark.parametrize("discipline", ["chameleon", "static"])
 def test_large_requests_are_served_while_small_ones_flood_the_replica(discipline, seed):
     replica, _ = serve(discipline, seed, max_overtakes=16)
-    assert max(waits_s(replica, "large")) < 10.0
-    assert max(waits_s(replica, "small")) > 20.0, "not a flood"
+    # A large one runs for up to 26 s, and the next of its queue may have to wait for half of that.
+    assert max(waits_s(replica, "large")) < 13.0
+    assert max(waits_s(replica, "small")) > 26.0, "not a flood"
     state = replica.queues.state()
     assert state.num_squashes <= 0.05 * state.num_admissions
 

@@ -9,7 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from chameleon_ray.sim.costs import CostModelError, load_cost_model
-from chameleon_ray.sim.scenario import Scenario
+from chameleon_ray.sim.grid import load_grid
+from chameleon_ray.sim.scenario import Scenario, simulate
 from chameleon_ray.sim.workload import (
     AdapterMix,
     Bursts,
@@ -43,9 +44,19 @@ def test_the_a40_model_gives_the_published_ttfts():
 
 def test_a_step_is_bound_by_reading_or_by_arithmetic():
     model = load_cost_model("a40-llama-7b")
-    assert model.step_s(1, 0) == pytest.approx(model.step.weights_read_s)
-    assert model.step_s(2000, 0) == pytest.approx(2000 * model.step.token_s)
-    assert model.step_s(1, 10_000) == pytest.approx(model.step.weights_read_s + 10_000 * model.step.kv_read_s)
+    step = model.step
+    assert model.step_s(1, 0) == pytest.approx(step.overhead_s + step.weights_read_s)
+    assert model.step_s(2000, 0) == pytest.approx(step.overhead_s + 2000 * step.token_s)
+    assert model.step_s(1, 10_000) == pytest.approx(step.overhead_s + step.weights_read_s + 10_000 * step.kv_read_s)
+
+
+def test_the_a40_model_has_both_published_shares_of_the_rank_128_ttft():
+    model = load_cost_model("a40-llama-7b")
+    size_bytes = 128 * model.memory.adapter_bytes_per_rank
+    load_s = size_bytes / model.links.host_bytes_s
+    ttft_s = load_s + model.step_s(512, 0, 512 * 128, size_bytes)
+    assert load_s / ttft_s == pytest.approx(0.175, abs=0.005)
+    assert 1 - 512 * model.step.token_s / ttft_s == pytest.approx(0.60, abs=0.005)
 
 
 def test_bad_cost_models_are_named(tmp_path):
@@ -164,3 +175,22 @@ def test_drift_moves_popularity_on():
 
     assert favourite(0, 50) == adapters[0].digest
     assert favourite(50, 100) == adapters[1].digest
+
+
+def test_the_example_scenario_runs_and_its_commented_settings_exist(tmp_path):
+    example = Path(__file__).parents[2] / "docs" / "scenarios" / "example.yaml"
+    points = load_grid(example)
+    assert len(points) == 4
+    workload = points[0].scenario.workload.model_copy(update={"duration_s": 12.0, "warmup_s": 2.0})
+    result = simulate(points[0].scenario.model_copy(update={"workload": workload}))
+    assert result.summary()["finished"] == result.summary()["requests"] > 0
+
+    trace = tmp_path / "azure_llm_conv_2023.csv"
+    trace.write_text(HEAD + "2023-11-16 18:00:01.5,100,20\n2023-11-16 18:00:02.5,50,10\n")
+    without_bursts = "".join(line for line in example.read_text().splitlines(True) if "bursts:" not in line)
+    uncommented = without_bursts.replace("# trace: ", f"trace: {tmp_path}/").replace("# trace_arr", "trace_arr")
+    scenario = tmp_path / "scenario.yaml"
+    scenario.write_text(uncommented.replace("# predictor_acc", "predictor_acc"))
+    point = load_grid(scenario)[0].scenario
+    assert point.workload.trace_arrivals and point.policy.predictor_accuracy == 0.8
+    assert {request.num_prompt_tokens for request in generate(point.workload, [], 1000, 0)} == {34, 17}

@@ -85,6 +85,23 @@ def test_a_blocking_load_stops_the_engine():
     assert jobs["base"].end_s == pytest.approx(0.0606, abs=1e-9)
 
 
+def test_prompts_computed_apart_stop_decoding():
+    mode = EngineMode(separate_prefill=True, check_every=1)
+    jobs = serve(costs(), [SimRequest("a", 0.0, 30, 3, None), SimRequest("b", 0.025, 10, 2, None)], mode=mode)
+    # a's prompt 0-20 and 20-30 ms, b's 30-40 ms, in which a decodes nothing. Both decode 40-50 ms, a alone 50-60 ms.
+    assert jobs["b"].first_token_s == pytest.approx(0.040, abs=1e-9)
+    assert jobs["b"].end_s == pytest.approx(0.050, abs=1e-9)
+    assert jobs["a"].end_s == pytest.approx(0.060, abs=1e-9)
+
+
+def test_admissions_wait_for_so_many_decode_steps():
+    mode = EngineMode(separate_prefill=True, decodes_per_pass=3, check_every=1)
+    jobs = serve(costs(), [SimRequest("a", 0.0, 30, 6, None), SimRequest("b", 0.035, 10, 2, None)], mode=mode)
+    # a decodes three times, 30-60 ms; then b's prompt, 60-70 ms; both decode 70-80 ms, a alone 80-90 ms.
+    assert jobs["b"].first_token_s == pytest.approx(0.070, abs=1e-9)
+    assert jobs["a"].end_s == pytest.approx(0.090, abs=1e-9)
+
+
 def test_an_adapter_comes_from_source_over_disk_and_host():
     jobs = serve(costs(), [SimRequest("lora", 0.0, 5, 1, A)], tier=Tier.ABSENT)
     assert jobs["lora"].first_token_s == pytest.approx(0.015 + 0.0105, abs=1e-9)
@@ -198,7 +215,9 @@ def test_everything_adds_up_after_every_step_when_memory_is_short(scheduling, re
             predictor_accuracy=0.5,
             refresh_s=7.0,
         ),
-        engine=EngineSettings(blocking_loads=reserve, reserve_outputs=reserve, host_resident=False),
+        engine=EngineSettings(
+            blocking_loads=reserve, reserve_outputs=reserve, separate_prefill=reserve, host_resident=False
+        ),
         seed=3,
         check_every_steps=1,
     )

@@ -144,6 +144,16 @@ def test_infeasible_minima_give_up_the_slo_first_and_are_reported():
     assert token_quotas(550, loads, slo_s=5.0).tokens == (150, 400)
 
 
+def test_infeasible_minima_fall_back_to_what_is_in_flight_on_average():
+    # Minima 320 and 1600. In flight on average: 50*1*3 = 150 and 900*4*0.2 = 720.
+    loads = [QueueLoad(100, 1.0, 3.0, 50.0), QueueLoad(1000, 4.0, 0.2, 900.0)]
+    assert token_quotas(9600, loads, slo_s=5.0).tokens == (1600, 8000), "the paper's shares where they fit"
+    # 525 are left of the 1050 that the minima add.
+    assert token_quotas(1395, loads, slo_s=5.0).tokens == (235, 1160)
+    flood = [QueueLoad(100, 1.0, 1e6, 50.0), QueueLoad(1000, 4.0, 1e6, 900.0)]
+    assert token_quotas(8700, flood, slo_s=5.0).tokens == (119, 8581), "50 to 3600"
+
+
 def test_no_quota_is_below_the_queues_largest_request():
     # By minima alone 8 and 952 of 960; the small queue's largest request has 100 tokens.
     quotas = token_quotas(960, [QueueLoad(100, 0.1, 0.0), QueueLoad(800, 1.5, 0.0)], slo_s=1.0)
@@ -180,8 +190,8 @@ def test_window_measures_scales_durations_and_rates():
     scales = window.scales()
     assert scales == Scales(200, 100, 16_000, 1_000)
     small, large = window.loads((0.5,), scales, now_s=20.0)
-    assert small == QueueLoad(21, 2.0, 0.5)
-    assert large == QueueLoad(316, 2.0, 0.05)  # none has ended: the overall mean
+    assert small == QueueLoad(21, 2.0, 0.5, 21.0)
+    assert large == QueueLoad(316, 2.0, 0.05, 316.0)  # none has ended: the overall mean
     assert window.seconds_per_token == pytest.approx(0.2)
     assert window.slo_s() == pytest.approx(10.0)
 

@@ -12,6 +12,7 @@ from chameleon_ray.bench.load.errors import LoadError
 from chameleon_ray.bench.load.measure import Progress
 from chameleon_ray.bench.load.search import RateSearch
 from chameleon_ray.bench.load.workload import SIZE_CLASSES
+from chameleon_ray.sim import plots
 
 Figures = Mapping[str, Any]
 Say = Callable[[str], None]
@@ -95,13 +96,9 @@ def _ms(value: float | None) -> str:
 def load_pyplot() -> Any:
     """Matplotlib, which is an optional extra. Raises LoadError without it."""
     try:
-        import matplotlib
-
-        matplotlib.use("agg")
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise LoadError("--plot needs matplotlib: pip install 'chameleon-ray[bench]'") from error
-    return pyplot
+        return plots.load_pyplot()
+    except plots.PlotError as error:
+        raise LoadError(f"--plot: {error}") from error
 
 
 def _class_of(name: str, load: Figures) -> Figures:

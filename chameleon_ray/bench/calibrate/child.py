@@ -1,0 +1,124 @@
+"""The process of the engine that is measured: makes it, measures, writes a pickled ``Measured`` to a file."""
+
+import argparse
+import pickle
+import statistics
+from pathlib import Path
+from typing import Any
+
+from vllm import EngineArgs
+from vllm.platforms import current_platform
+from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.version import __version__ as vllm_version
+
+from chameleon_ray.bench.calibrate.live import CLOCKS, LiveAdapter, LiveEngine
+from chameleon_ray.bench.calibrate.measure import measure_loads, measure_steps, serve_workload, some_adapters
+from chameleon_ray.bench.calibrate.measured import CalibrationError, Effort, Measured
+from chameleon_ray.engine.paged.options import PagedSettings, paged_arguments
+from chameleon_ray.sim.parallel import show_progress
+
+_POLICY = {
+    "scheduling": "scheduler",
+    "eviction": "policy",
+    "prefetch": "prefetch",
+    "histogram_prefetch": "histogram_prefetch",
+    "max_adapter_share": "memory_share",
+    "size_form": "request_size",
+    "k_rule": "k_rule",
+    "max_queues": "max_queues",
+    "refresh_s": "refresh_s",
+    "slo_s": "slo_s",
+}
+"""The simulator's name of a setting -> the engine's."""
+
+
+def measure(engine: LiveEngine, folders: list[Path], effort: Effort, seed: int) -> Measured:
+    """Everything about one engine. Raises CalibrationError."""
+    adapters = some_adapters(engine, folders)
+    served = serve_workload(engine, adapters, effort, seed, show_progress) if effort.num_requests else []
+    steps = measure_steps(engine, adapters, effort, show_progress)
+    loads, fetches = measure_loads(engine, adapters, effort, show_progress)
+    show_progress("", None)
+    settings = PagedSettings.of(engine.config)
+    return Measured(
+        engine=f"vLLM {vllm_version} on {_device()}, {'/'.join(Path(engine.config.model_config.model).parts[-2:])}, "
+        f"{str(engine.config.model_config.dtype).removeprefix('torch.')}",
+        memory=memory(engine, adapters),
+        limits=limits(engine),
+        steps=steps,
+        loads=loads,
+        fetches=fetches,
+        adapters=[(adapter.rank, adapter.size_bytes) for adapter in adapters],
+        served=served,
+        policy={ours: getattr(settings, theirs) for ours, theirs in _POLICY.items()},
+        assumptions=[
+            "Adapters on disk are in the system's page cache; a fetch reads their headers as well, as for new ones.",
+            "Bytes and bandwidths are those of one tensor-parallel rank.",
+        ],
+    )
+
+
+def memory(engine: LiveEngine, adapters: list[LiveAdapter]) -> dict[str, int]:
+    """The engine's ``MemoryCosts``."""
+    layout, block_tokens = engine.memory._layout, engine.config.cache_config.block_size
+    block_bytes = layout.num_layers * layout.page_elems * layout.pages_per_block * layout.element_bytes
+    return {
+        "block_tokens": block_tokens,
+        "kv_bytes_per_token": block_bytes // block_tokens,
+        "pool_blocks": layout.num_blocks - 1,  # One is vLLM's own.
+        "host_bytes": PagedSettings.of(engine.config).host_bytes,
+        "adapter_bytes_per_rank": round(statistics.median(one.size_bytes / one.rank for one in adapters)),
+    }
+
+
+def limits(engine: LiveEngine) -> dict[str, float]:
+    """The engine's ``EngineLimits``."""
+    scheduler = engine.config.scheduler_config
+    return {
+        "max_running": scheduler.max_num_seqs,
+        "max_step_tokens": scheduler.max_num_batched_tokens,
+        "max_model_len": engine.config.model_config.max_model_len,
+        "watermark_share": scheduler.watermark,
+    }
+
+
+def start_engine(model: str, dtype: str, kv_bytes: int | None, host_bytes: int, max_model_len: int | None) -> LLMEngine:
+    """The paged engine, in this process."""
+    arguments: dict[str, Any] = {
+        "model": model,
+        "dtype": dtype,
+        "max_model_len": max_model_len,
+        "max_num_seqs": 64,
+        "enable_lora": True,
+        "disable_log_stats": True,
+        "enforce_eager": current_platform.is_cpu(),
+        **paged_arguments(PagedSettings(host_bytes=host_bytes)),
+    }
+    if kv_bytes is not None:
+        arguments["kv_cache_memory_bytes"] = kv_bytes
+    return LLMEngine.from_engine_args(EngineArgs(**arguments))
+
+
+def _device() -> str:
+    return str(current_platform.get_device_name() or current_platform.device_name)
+
+
+def _main() -> int:
+    parser = argparse.ArgumentParser(description="one engine's measurements, for the parent process")
+    parser.add_argument("task", type=Path, help="pickled arguments")
+    parser.add_argument("result", type=Path)
+    given = parser.parse_args()
+    task = pickle.loads(given.task.read_bytes())
+    show_progress("starting the engine", 0.0)
+    engine = LiveEngine(start_engine(**task["engine"]), task["seed"], CLOCKS[task["clock"]]())
+    try:
+        answer: Measured | CalibrationError = measure(engine, task["folders"], task["effort"], task["seed"])
+    except CalibrationError as error:
+        answer = error
+    given.result.write_bytes(pickle.dumps(answer))
+    engine.llm.engine_core.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(_main())
