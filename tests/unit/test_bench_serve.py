@@ -38,7 +38,7 @@ def search(capacities: Mapping[str, float], options: SearchOptions = OPTIONS) ->
         assert probes < 50
         return {name: Verdict.HELD if rate <= capacities[name] else Verdict.FAILED for name, rate in rates.items()}
 
-    return asyncio.run(find_highest(list(capacities), options, probe)), probes
+    return asyncio.run(find_highest({name: RateSearch(options) for name in capacities}, probe)), probes
 
 
 @pytest.mark.parametrize("capacity", [0.21, 0.99, 1.0, 7.3, 99.0])
@@ -90,7 +90,7 @@ def test_the_search_finds_the_capacity_of_a_simulated_server() -> None:
             verdicts[name] = Verdict.HELD if slo.is_held(outcomes) else Verdict.FAILED
         return verdicts
 
-    found = asyncio.run(find_highest(["x"], OPTIONS, probe))["x"]
+    found = asyncio.run(find_highest({"x": RateSearch(OPTIONS)}, probe))["x"]
     assert 8.0 < found.held_per_s < 10.2
 
 
