@@ -3,16 +3,16 @@
 The paper's regime: adapters and KV cache compete for one memory, not all adapters fit beside the running requests, and
 the batch is as large as memory allows. In small, with the demo model in float32:
 
-- A token of KV cache takes 4 KiB; an adapter 64 KiB per rank: 0.5 MiB (rank 8) to 8 MiB (rank 128), 3.1 MiB on average,
-  310 MiB for the 100 of them. Lengths of the Azure trace scaled to 2,048 tokens are 165 tokens in and 30 out on average:
-  a request's KV cache takes 1 MiB (blocks hold 128 tokens), so that adapters weigh more here than in the paper.
+- A token of KV cache takes 4 KiB; an adapter 64 KiB per rank: 0.5 MiB (rank 8) to 8 MiB (rank 128), 3.1 MiB on
+  average, 310 MiB for the 100 of them. The Azure trace's lengths, scaled to 2,048 tokens, are 165 tokens in and 30 out
+  on average: a request's KV cache takes 1 MiB (blocks hold 128 tokens). Adapters weigh more than in the paper.
 - 128 MiB of KV pool, all of which adapters may hold while no request needs it, keep a third of the 100 adapters when
   idle. A full batch of 32 needs about 32 MiB of KV cache and 60 to 90 MiB of adapters: the pool is then just full.
 - float32, because it is the demo's type, and because without bfloat16 instructions (AVX-512 or AMX) a CPU multiplies
   bfloat16 matrices four times more slowly.
 
-Every engine has the same pool, threads, batch limit and requests. vLLM's own slots (8, each of the largest rank: 64 MiB)
-come on top of its pool: stock vLLM has more memory than the others.
+Every engine has the same pool, threads, batch limit and requests. vLLM's own slots (8, each of the largest rank:
+64 MiB) come on top of its pool: stock vLLM has more memory than the others.
 """
 
 import argparse
@@ -57,29 +57,16 @@ class Setting:
             f"{len(self.adapters)} adapters of ranks {', '.join(map(str, RANKS))}; {machine.kv_bytes // MIB} MiB of KV "
             f"pool, {self.adapter_share:.0%} of it open to adapters; at most {machine.max_running} requests at once; "
             f"{machine.dtype}, {machine.threads} thread(s) an engine",
-            f"prompts of {prompts.mean():.0f} tokens (at most {prompts.max()}), answers of {outputs.mean():.0f} (at most "
-            f"{outputs.max()})",
+            f"prompts of {prompts.mean():.0f} tokens (at most {prompts.max()}), "
+            f"answers of {outputs.mean():.0f} (at most {outputs.max()})",
         ]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that both comparisons have."""
-    add = parser.add_argument_group("engines and requests").add_argument
-    add("--demo", type=Path, default=Path("demo"), metavar="FOLDER", help="the demo, made if it is not there (demo)")
-    add("--adapters", type=int, default=100, metavar="N", help="adapters, in equal numbers of each rank (100)")
-    add("--kv-mib", type=int, default=128, help="KV pool of each engine, adapters in it included (128)")
-    add("--adapter-share", type=float, default=1.0, help="most of the pool that adapters may hold (1)")
-    add("--max-running", type=int, default=32, help="requests that an engine runs at once (32)")
-    add("--context-window", type=int, default=2048, help="tokens; lengths are scaled to fit (2048)")
-    add("--length-scale", type=float, help="this factor on all lengths instead; what does not fit is cut")
-    add("--trace", type=Path, metavar="CSV", help="lengths from a trace in Azure's format (default: synthetic, alike)")
-    add("--threads", type=int, help="compute threads of an engine (one core less than there are)")
-    add("--dtype", default="float32", help="weights, activations and KV cache (float32)")
-    add("--seed", type=int, default=0, help="of arrivals, lengths and adapters (0)")
-
-
 def make_setting(arguments: argparse.Namespace, stack: ExitStack) -> Setting:
-    """The setting that the options ask for; its files are there while ``stack`` is open. Raises LoadError, DemoError."""
+    """The setting that the options ask for; its files are there while ``stack`` is open.
+
+    Raises LoadError, DemoError.
+    """
     demo = make_demo(arguments.demo)
     folder = Path(stack.enter_context(TemporaryDirectory(prefix="chameleon-adapters-")))
     adapters = linked_adapters(demo, folder, arguments.adapters)
