@@ -69,8 +69,8 @@ async def _measure(running: Running) -> None:
     learning = {name: Load(START_SHARE * rates[name], 1, arguments.learn_s, 60.0) for name in names if name != STOCK}
     await bench.loaded(learning)
     for target in running.targets:
-        if (state := read_state(target)) is not None:
-            print(f"{target.name} has learned: {state.describe()}", flush=True)
+        if target.name != STOCK:
+            print(f"{target.name} has learned: {read_state(target).describe()}", flush=True)
     objective = Objective(arguments.slo_metric, arguments.slo_percent, arguments.slo_factor, arguments.slo_s)
     windows = Windows(arguments.num_windows, arguments.window_s, 60.0, arguments.min_requests)
     comparison = Comparison(bench, running.bar, objective, windows, results)

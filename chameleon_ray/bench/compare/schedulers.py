@@ -24,6 +24,7 @@ from chameleon_ray.bench.compare.servers import Engine
 from chameleon_ray.bench.compare.session import Results, Running, run_comparison
 from chameleon_ray.bench.compare.setting import Setting
 from chameleon_ray.bench.compare.state import PolicyState, read_state
+from chameleon_ray.bench.load.client import Window
 from chameleon_ray.bench.load.figures import summarize
 from chameleon_ray.bench.load.measure import Load
 from chameleon_ray.bench.load.show import load_pyplot
@@ -99,42 +100,45 @@ def draw(path: Path, results: Results) -> None:
 async def _measure(running: Running) -> None:
     arguments, bench, results = running.arguments, running.bench, running.results
     names = [target.name for target in running.targets]
-    rates = await bench.burst(BURST_REQUESTS, BURST_LIMIT_S)
-    at_most_per_s = median(rates.values())
-    print("a burst is served at " + ", ".join(f"{rate:.1f}/s ({name})" for name, rate in rates.items()), flush=True)
-    loads = arguments.rates or tuple(share * at_most_per_s for share in arguments.loads)
-    results["burst_per_s"] = rates
-    await bench.loaded(
-        dict.fromkeys(names, Load(sorted(loads)[len(loads) // 2], 1, arguments.learn_s, arguments.drain_s))
-    )
-    states = _states(running.targets)
-    for name, state in states.items():
+    loads = arguments.rates
+    if loads is None:
+        rates = await bench.burst(BURST_REQUESTS, BURST_LIMIT_S)
+        results["burst_per_s"] = rates
+        print("a burst is served at " + ", ".join(f"{rate:.1f}/s ({name})" for name, rate in rates.items()), flush=True)
+        loads = tuple(share * median(rates.values()) for share in arguments.loads)
+    learning = Load(sorted(loads)[len(loads) // 2], 1, arguments.learn_s, arguments.drain_s)
+    await bench.loaded(dict.fromkeys(names, learning))
+    before = _states(running.targets)
+    for name, state in before.items():
         print(f"{name} has learned: {state.describe()}", flush=True)
     for level, rate in zip(_levels(loads), loads, strict=True):
         load = Load(rate, arguments.num_windows, arguments.window_s, arguments.drain_s)
-        rows = {
-            name: summarize(windows, None, MAX_LATE_S)
-            for name, windows in (await bench.loaded(dict.fromkeys(names, load))).items()
-        }
-        before, states = states, _states(running.targets)
-        for name, figures in rows.items():
-            totals = states[name].since(before[name])
-            figures["squash_share"] = totals["squashes"] / max(1, totals["admissions"])
-            figures["policy"] = {"totals": totals, "queues": states[name].describe()}
-            results["loads"].append({"target": name, "level": level, "rate_per_s": rate, **figures})
+        measured = await bench.loaded(dict.fromkeys(names, load))
+        after = _states(running.targets)
+        rows = {name: _row(measured[name], before[name], after[name]) for name in names}
+        results["loads"] += [{"target": name, "level": level, "rate_per_s": rate, **row} for name, row in rows.items()]
         running.bar.close()
-        print("\n" + table(level, rate, rows), flush=True)
-        for name, state in states.items():
-            hits, misses = (state.since(before[name])[f"adapter_{what}"] for what in ("hits", "misses"))
-            print(
-                f"  {name}: {hits / max(1, hits + misses):.0%} of the adapters resident on arrival; {state.describe()}"
-            )
-    print(f"\nload average of this machine {os.getloadavg()[0]:.1f}")
+        print("\n" + table(level, rate, rows))
+        for name, row in rows.items():
+            print(f"  {name}: {row['hit_share']:.0%} found their adapter resident; {row['queues']}", flush=True)
+        before = after
+    print(f"\nload average of this machine {os.getloadavg()[0]:.1f}", flush=True)
+
+
+def _row(windows: Sequence[Window], before: PolicyState, after: PolicyState) -> dict[str, Any]:
+    totals = after.since(before)
+    lookups = totals["adapter_hits"] + totals["adapter_misses"]
+    return {
+        **summarize(windows, None, MAX_LATE_S),
+        "squash_share": totals["squashes"] / max(1, totals["admissions"]),
+        "hit_share": totals["adapter_hits"] / max(1, lookups),
+        "policy_totals": dict(totals),
+        "queues": after.describe(),
+    }
 
 
 def _states(targets: Sequence[Target]) -> dict[str, PolicyState]:
-    states = {target.name: read_state(target) for target in targets}
-    return {name: state for name, state in states.items() if state is not None}
+    return {target.name: read_state(target) for target in targets}
 
 
 def _levels(loads: Sequence[float]) -> list[str]:

@@ -18,7 +18,7 @@ import httpx
 from chameleon_ray.bench.load.errors import LoadError
 from chameleon_ray.bench.load.targets import Target
 from chameleon_ray.engine.paged.options import PagedSettings, paged_arguments
-from chameleon_ray.redis_server import free_port
+from chameleon_ray.redis_server import free_port, tied
 
 START_LIMIT_S = 600.0
 STOP_LIMIT_S = 15.0
@@ -98,7 +98,7 @@ def command(engine: Engine, machine: Machine, port: int) -> list[str]:
 
 @contextmanager
 def _process(words: Sequence[str], threads: int, log: Path) -> Iterator["subprocess.Popen[bytes]"]:
-    """A command with all that it starts, which ends with the block whatever happens in it."""
+    """A command with all that it starts, which ends with the block whatever happens in it, and with this process."""
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -108,13 +108,18 @@ def _process(words: Sequence[str], threads: int, log: Path) -> Iterator["subproc
     with log.open("wb") as output:
         # A session of its own: Ctrl-C reaches this process alone, which then ends everything in order.
         process = subprocess.Popen(
-            words, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            tied(words, signal.SIGTERM),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
     try:
         yield process
     finally:
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            process.send_signal(signal.SIGINT)
+            process.terminate()
             process.wait(STOP_LIMIT_S)
         with contextlib.suppress(ProcessLookupError):  # vLLM's engine and worker processes are in the same group
             os.killpg(process.pid, signal.SIGKILL)

@@ -37,8 +37,8 @@ class PolicyState:
         return f"{len(self.quotas)} queues by size; " + "; ".join(parts)
 
 
-def parse_state(text: str) -> PolicyState | None:
-    """The state in a Prometheus exposition; None where there is none (a server without our policy)."""
+def parse_state(text: str) -> PolicyState:
+    """The state in a Prometheus exposition. Raises LoadError where there is none (a server without our policy)."""
     queues: dict[str, dict[int, float]] = {"cutoff": {}, "quota_tokens": {}, "max_running": {}}
     totals: Counter[str] = Counter()
     for family in text_string_to_metric_families(text):
@@ -51,7 +51,7 @@ def parse_state(text: str) -> PolicyState | None:
             elif (gauge := name.removeprefix("queue_")) in queues:
                 queues[gauge][int(sample.labels["queue"])] = sample.value
     if not queues["quota_tokens"]:
-        return None
+        raise LoadError("/metrics holds nothing of our queues")
     ordered = {gauge: [values[number] for number in sorted(values)] for gauge, values in queues.items()}
     return PolicyState(
         cutoffs=tuple(ordered["cutoff"][:-1]),
@@ -61,7 +61,7 @@ def parse_state(text: str) -> PolicyState | None:
     )
 
 
-def read_state(target: Target) -> PolicyState | None:
+def read_state(target: Target) -> PolicyState:
     """The state of a server's policy. Raises LoadError when it does not answer."""
     try:
         return parse_state(httpx.get(f"{target.url}/metrics", timeout=LIMIT_S).raise_for_status().text)
