@@ -1,8 +1,8 @@
 """What policy decisions cost: one scheduler step with 1,000 queued requests, one cache plan, one routing decision.
 
 Measured in the thread's CPU time: what other processes take from a busy machine is not the policy's. They also slow it
-down, through the caches that they share, so that everything is done several times and the least time of each step counts:
-the steps are the same every time.
+down, through shared caches, so that everything is done several times and the least time of each step counts: the steps
+are the same every time.
 """
 
 import json

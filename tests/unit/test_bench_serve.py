@@ -148,6 +148,22 @@ def test_a_target_that_cannot_hold_any_more_is_left_alone() -> None:
     bounded(test)
 
 
+def test_a_burst_tells_the_rate_of_what_is_answered_in_time() -> None:
+    async def test() -> None:
+        server = StreamServer(first_token_s=0.1, gap_s=0.0)
+        async with serving(server), session({}, 60.0) as opened:
+            prompts = Prompts(PLAIN_WORDS, 1.0, 0.0, nonce=1)
+            bench = Bench([Target("x", server.url)], make_workload("m"), prompts, opened, Progress())
+            rates = await bench.burst(["x"], 20, limit_s=10.0)
+            assert 0 < rates["x"] <= 20 / 0.1
+            assert len(server.requests) == 20
+            broken = Bench([Target("x", server.url)], make_workload("busy"), prompts, opened, Progress())
+            with pytest.raises(LoadError, match=r"x answers nothing .*http_503"):
+                await broken.burst(["x"], 3, limit_s=10.0)
+
+    bounded(test)
+
+
 def test_after_cutting_requests_short_the_next_window_waits_for_the_server() -> None:
     async def test() -> None:
         server = StreamServer()

@@ -102,7 +102,7 @@ async def _measure(running: Running) -> None:
     names = [target.name for target in running.targets]
     loads = arguments.rates
     if loads is None:
-        rates = await bench.burst(BURST_REQUESTS, BURST_LIMIT_S)
+        rates = await bench.burst(names, BURST_REQUESTS, BURST_LIMIT_S)
         results["burst_per_s"] = rates
         print("a burst is served at " + ", ".join(f"{rate:.1f}/s ({name})" for name, rate in rates.items()), flush=True)
         loads = tuple(share * median(rates.values()) for share in arguments.loads)

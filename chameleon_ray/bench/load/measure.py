@@ -68,11 +68,11 @@ class Bench:
                 raise LoadError(f"{name} fails although unloaded: {failed.error}: {failed.message}")
         return results
 
-    async def burst(self, num_requests: int, limit_s: float) -> dict[str, float]:
-        """Answers per second of each target that gets so many requests at once, in at most ``limit_s``: about the most
-        that it can serve. Raises LoadError when one answers nothing."""
+    async def burst(self, names: Sequence[str], num_requests: int, limit_s: float) -> dict[str, float]:
+        """Answers per second of each named target that gets so many requests at once, in at most ``limit_s``: about the
+        most that it can serve. Raises LoadError when one answers nothing."""
         rates = {}
-        for name in self._clients:
+        for name in names:
             requests = prepare(self._workload.one_by_one(num_requests), self._prompts)
             self._progress.begin(name, "burst", num_requests)
             window = await self._window(name, requests, limit_s)
