@@ -9,6 +9,7 @@ from typing import Any
 
 from chameleon_ray.bench import serve as bench_serve
 from chameleon_ray.bench.calibrate import run as bench_calibrate
+from chameleon_ray.bench.compare.options import add_capacity, add_schedulers
 from chameleon_ray.bench.load.errors import LoadError
 
 
@@ -46,6 +47,12 @@ def _parser() -> argparse.ArgumentParser:
     load = benches.add_parser("serve", help="open-loop load on OpenAI-compatible servers, side by side")
     bench_serve.add_arguments(load)
     load.set_defaults(run=bench_serve.run)
+    compared = benches.add_parser("schedulers", help="the scheduling policies on real engines, same requests for all")
+    add_schedulers(compared)
+    compared.set_defaults(run=_bench_schedulers)
+    capacity = benches.add_parser("capacity", help="highest load under the SLO: stock vLLM, fifo + lru, Chameleon")
+    add_capacity(capacity)
+    capacity.set_defaults(run=_bench_capacity)
     engine = benches.add_parser("engine", help="one engine: vLLM's slots, adapters in KV memory, base model")
     engine.set_defaults(run=_bench_engine)
     calibrate = commands.add_parser("calibrate", help="measure an engine and write a cost model for the simulator")
@@ -167,6 +174,18 @@ def _bench_policy(arguments: argparse.Namespace) -> int:
     from chameleon_ray.bench.policy import run
 
     return run(arguments.json)
+
+
+def _bench_schedulers(arguments: argparse.Namespace) -> int:
+    from chameleon_ray.bench.compare.schedulers import run
+
+    return run(arguments)
+
+
+def _bench_capacity(arguments: argparse.Namespace) -> int:
+    from chameleon_ray.bench.compare.capacity import run
+
+    return run(arguments)
 
 
 def _bench_engine(arguments: argparse.Namespace) -> int:

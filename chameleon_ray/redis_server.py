@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -27,19 +28,25 @@ _START_LIMIT_S = 10.0
 _STOP_LIMIT_S = 5.0
 _PR_SET_PDEATHSIG = 1
 
-# Runs between fork and redis-server. A preexec_fn would run Python in a forked copy of a multi-threaded process, which
+# Runs between fork and the program. A preexec_fn would run Python in a forked copy of a multi-threaded process, which
 # can deadlock. The parent may die before prctl takes effect, hence the second look at who the parent is.
 _LAUNCH = f"""
 import ctypes, os, sys
-ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGKILL)}, 0, 0, 0)
+ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, int(sys.argv[2]), 0, 0, 0)
 if os.getppid() != int(sys.argv[1]):
     sys.exit("the process that started this server is gone")
-os.execv(sys.argv[2], sys.argv[2:])
+os.execv(sys.argv[3], sys.argv[3:])
 """
 
 
 class BundledRedisError(RuntimeError):
     """The bundled server could not be started; the message has its last words."""
+
+
+def tied(command: Sequence[str], number: signal.Signals = signal.SIGKILL) -> list[str]:
+    """The same command, with an absolute program, that gets this signal when the *thread* that starts it ends, however
+    that ends."""
+    return [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), str(int(number)), *command]
 
 
 def free_port() -> int:
@@ -124,7 +131,7 @@ class BundledRedis:
         try:
             with self._log_path().open("wb") as log:
                 process = subprocess.Popen(
-                    [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *self._command()],
+                    tied(self._command()),
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,

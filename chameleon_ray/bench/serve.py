@@ -7,26 +7,24 @@ the highest load that holds a service level objective (the paper's: 5 x the mean
 import argparse
 import asyncio
 import json
-import math
 import os
 import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import uvloop
 
-from chameleon_ray.bench.load.client import Window, session
+from chameleon_ray.bench.load.client import session
+from chameleon_ray.bench.load.comparison import WINDOW_SLOS, Comparison, Objective, Windows
 from chameleon_ray.bench.load.errors import LoadError
-from chameleon_ray.bench.load.figures import Slo, mean_s, summarize
 from chameleon_ray.bench.load.lengths import Lengths, scaled, synthetic_lengths, trace_lengths
-from chameleon_ray.bench.load.measure import Bench, Load
+from chameleon_ray.bench.load.measure import Bench
 from chameleon_ray.bench.load.prompts import Prompts, prompts_by_count, prompts_by_tokenizer
-from chameleon_ray.bench.load.search import SearchOptions, Verdict, find_highest
-from chameleon_ray.bench.load.show import Bar, highest_line, load_pyplot, plot, table
+from chameleon_ray.bench.load.search import SearchOptions
+from chameleon_ray.bench.load.show import Bar, load_pyplot, plot
 from chameleon_ray.bench.load.targets import (
     Offer,
     Target,
@@ -40,10 +38,6 @@ from chameleon_ray.bench.load.targets import (
 )
 from chameleon_ray.bench.load.workload import Ranks, Workload, adapter_shares
 
-WINDOW_SLOS = 10
-"""A window of the search lasts so many times the objective: a queue that only grows must have the time to break it."""
-MIN_LATE_S, LATE_SHARE = 0.05, 0.05
-"""How late the client may be by default: seconds, and share of the objective."""
 POPULARITIES = ("uniform", "power-law")
 
 
@@ -115,14 +109,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print; the exit status. What was measured before an interruption is written as well."""
-    comparison = _Comparison(arguments)
+    command = _Command(arguments)
     try:
         _check_outputs(arguments)
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(comparison.measure())
+                runner.run(command.measure())
         finally:
-            comparison.write()
+            command.write()
     except (LoadError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -139,15 +133,12 @@ def _rates(text: str) -> tuple[float, ...]:
     return rates
 
 
-class _Comparison:
+class _Command:
     """One run of the command. ``results`` is what ``--json`` writes; it grows while measuring."""
 
     def __init__(self, arguments: argparse.Namespace):
         self._arguments = arguments
         self._bar = Bar()
-        self._slo: Slo | None = None
-        self._max_late_s = MIN_LATE_S
-        self._unloaded_ttft_ms: dict[str, dict[str, float | None]] = {}
         self.results: dict[str, Any] = {"complete": False, "unloaded": {}, "loads": [], "highest_load": {}}
 
     async def measure(self) -> None:
@@ -163,16 +154,23 @@ class _Comparison:
         workload = Workload(lengths, ranks, shares, arguments.seed)
         prompts = _prompts(arguments, partial(server_count, targets[0], next(iter(ranks)), headers))
         self._describe(targets, ranks, lengths)
+        late_s = None if arguments.max_late_ms is None else arguments.max_late_ms / 1e3
+        objective = Objective(
+            arguments.slo_metric, arguments.slo_percent, arguments.slo_factor, arguments.slo_s, late_s
+        )
+        windows = Windows(arguments.num_windows, arguments.window_s, arguments.drain_s, arguments.min_requests)
+        names = [target.name for target in targets]
         try:
             async with session(headers, arguments.request_limit_s) as opened:
                 bench = Bench(targets, workload, prompts, opened, self._bar)
+                comparison = Comparison(bench, self._bar, objective, windows, self.results)
                 await bench.warm_up(list(ranks))
-                await self._measure_unloaded(bench)
+                await comparison.measure_unloaded(arguments.unloaded_requests)
                 for rate in arguments.rates:
-                    load = Load(rate, arguments.num_windows, arguments.window_s, arguments.drain_s)
-                    self._add(await bench.loaded({target.name: load for target in targets}), rate)
+                    await comparison.measure(names, rate)
                 if arguments.find_max or not arguments.rates:
-                    await self._search(bench, [target.name for target in targets])
+                    options = SearchOptions(arguments.start_rate, arguments.max_rate, arguments.precision)
+                    await comparison.search(dict.fromkeys(names, options))
         finally:
             self._bar.close()
         self.results["complete"] = True
@@ -201,75 +199,6 @@ class _Comparison:
             f"prompts of {prompt_tokens.mean():.0f} tokens (at most {prompt_tokens.max()}), "
             f"answers of {output_tokens.mean():.0f} (at most {output_tokens.max()})"
         )
-
-    async def _measure_unloaded(self, bench: Bench) -> None:
-        """Latencies of idle targets, and the objective from them."""
-        arguments = self._arguments
-        outcomes = await bench.unloaded(arguments.unloaded_requests)
-        means_s = {name: mean_s(results, "e2e") for name, results in outcomes.items()}
-        limit_s = arguments.slo_s
-        if limit_s is None and arguments.unloaded_requests:
-            # one limit for all: a slow target must not earn a lenient one
-            limit_s = arguments.slo_factor * min(mean for mean in means_s.values() if mean is not None)
-        if limit_s is not None:
-            self._slo = Slo(arguments.slo_metric, limit_s, arguments.slo_percent)
-            self._max_late_s = max(MIN_LATE_S, LATE_SHARE * limit_s)
-            self.results["slo"] = asdict(self._slo)
-            print(f"SLO: {self._slo.percent:g}% of the requests with {self._slo.metric} within {limit_s:.3f} s")
-        if arguments.max_late_ms is not None:
-            self._max_late_s = arguments.max_late_ms / 1e3
-        for name, results in outcomes.items():
-            figures = summarize([Window(results, 0.0, 0.0)], self._slo, math.inf)
-            self.results["unloaded"][name] = figures
-            self._unloaded_ttft_ms[name] = {c: group["ttft"]["mean_ms"] for c, group in figures["by_class"].items()}
-            if results:
-                print(f"{name} unloaded: mean TTFT {figures['ttft']['mean_ms']:.1f} ms", end=", ")
-                print(f"end-to-end {figures['e2e']['mean_ms']:.1f} ms")
-
-    async def _search(self, bench: Bench, names: list[str]) -> None:
-        arguments, slo = self._arguments, self._slo
-        if slo is None:
-            raise LoadError("the search needs an objective: give --slo-s or --unloaded-requests above 0")
-        window_s = max(arguments.window_s, WINDOW_SLOS * slo.limit_s)
-        print(f"searching for the highest load under the SLO, in windows of {window_s:.0f} s")
-
-        async def probe(rates: Mapping[str, float]) -> dict[str, Verdict]:
-            loads = {}
-            for name, rate in rates.items():
-                enough = math.ceil(arguments.min_requests / (rate * window_s))
-                loads[name] = Load(rate, max(arguments.num_windows, enough), window_s, 2 * slo.limit_s)
-            verdicts = {}
-            for name, windows in (await bench.loaded(loads, stop_below=slo)).items():
-                figures = self._add({name: windows}, rates[name])
-                outcomes = [outcome for window in windows for outcome in window.outcomes]
-                verdicts[name] = Verdict.HELD if slo.is_held(outcomes) else Verdict.FAILED
-                if figures["client_late"]:
-                    verdicts[name] = Verdict.CLIENT_LATE
-                print(f"  -> {verdicts[name].value}")
-            return verdicts
-
-        options = SearchOptions(arguments.start_rate, arguments.max_rate, arguments.precision)
-        for name, search in (await find_highest(names, options, probe)).items():
-            self.results["highest_load"][name] = {
-                "held_per_s": search.held_per_s,
-                "failed_per_s": search.failed_per_s,
-                "client_limited": search.is_client_limited,
-            }
-            print(highest_line(name, search))
-
-    def _add(self, windows: Mapping[str, Sequence[Window]], rate_per_s: float) -> dict[str, Any]:
-        """Record and print what each target did at a load; the last one's figures."""
-        figures: dict[str, Any] = {}
-        for name, measured in windows.items():
-            figures = summarize(measured, self._slo, self._max_late_s)
-            for size_class, group in figures["by_class"].items():
-                unloaded_ms, loaded_ms = self._unloaded_ttft_ms[name][size_class], group["ttft"]["mean_ms"]
-                both = unloaded_ms is not None and loaded_ms is not None
-                group["mean_wait_ms"] = loaded_ms - unloaded_ms if both else None
-            self._bar.close()
-            print("\n" + table(f"{name} at {rate_per_s:.3g} requests/s", figures, self._max_late_s), flush=True)
-            self.results["loads"].append({"target": name, "rate_per_s": rate_per_s, **figures})
-        return figures
 
 
 def _check_outputs(arguments: argparse.Namespace) -> None:

@@ -17,14 +17,15 @@ class StreamServer:
 
     Models with a meaning: ``busy`` gets a 503, ``broken`` an error after the first token, ``cut`` a connection that
     closes after it, ``endless`` no [DONE], ``empty`` no token, ``stuck`` never the second. hold_until: answer nothing
-    before so many requests have come. requests: all bodies, in order of arrival; arrived_s, sent_s: when they and the
-    events came and went.
+    before so many requests have come. queued_ms: what it says of its queue, as vLLM does. requests: all bodies, in
+    order of arrival; arrived_s, sent_s: when they and the events came and went.
     """
 
     first_token_s: float = 0.02
     gap_s: float = 0.01
     usage: bool = True
     hold_until: int = 0
+    queued_ms: float | None = None
     models: list[Body] = field(default_factory=list)
     requests: list[Body] = field(default_factory=list)
     arrived_s: list[float] = field(default_factory=list)
@@ -74,7 +75,8 @@ class StreamServer:
             self.sent_s.append(perf_counter())
             self._event(writer, {"choices": [{"text": ' "error" '}], "usage": None})
         if self.usage:
-            self._event(writer, {"choices": [], "usage": count})
+            metrics = {} if self.queued_ms is None else {"metrics": {"queue_time_ms": self.queued_ms}}
+            self._event(writer, {"choices": [], "usage": count, **metrics})
         if model != "endless":
             self._chunk(writer, b"data: [DONE]\n\n")
         writer.write(b"0\r\n\r\n")

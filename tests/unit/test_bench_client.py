@@ -53,6 +53,21 @@ def test_without_usage_events_are_counted() -> None:
     bounded(test)
 
 
+def test_the_engines_own_queueing_delay_is_kept_where_it_tells_one() -> None:
+    async def test() -> None:
+        server = StreamServer(gap_s=0.0, queued_ms=70.0)
+        async with serving(server), session({}, 10.0) as opened:
+            client = Client(opened, server.url)
+            told = await client.send_one(prepared(PLAN)[0], ignore)
+            server.queued_ms = None
+            silent = await client.send_one(prepared(PLAN)[0], ignore)
+        assert (told.queued_s, silent.queued_s) == (0.07, None)
+        figures = summarize([Window([told, silent], 1.0, 0.0)], None, 1.0)
+        assert figures["by_class"]["small"]["queued"]["mean_ms"] == pytest.approx(70.0)
+
+    bounded(test)
+
+
 def test_requests_are_sent_when_due_however_slow_the_answers_are() -> None:
     async def test() -> None:
         server = StreamServer(hold_until=20, gap_s=0.0)  # who waits for an answer before sending the next hangs

@@ -38,7 +38,7 @@ def search(capacities: Mapping[str, float], options: SearchOptions = OPTIONS) ->
         assert probes < 50
         return {name: Verdict.HELD if rate <= capacities[name] else Verdict.FAILED for name, rate in rates.items()}
 
-    return asyncio.run(find_highest(list(capacities), options, probe)), probes
+    return asyncio.run(find_highest({name: RateSearch(options) for name in capacities}, probe)), probes
 
 
 @pytest.mark.parametrize("capacity", [0.21, 0.99, 1.0, 7.3, 99.0])
@@ -90,7 +90,7 @@ def test_the_search_finds_the_capacity_of_a_simulated_server() -> None:
             verdicts[name] = Verdict.HELD if slo.is_held(outcomes) else Verdict.FAILED
         return verdicts
 
-    found = asyncio.run(find_highest(["x"], OPTIONS, probe))["x"]
+    found = asyncio.run(find_highest({"x": RateSearch(OPTIONS)}, probe))["x"]
     assert 8.0 < found.held_per_s < 10.2
 
 
@@ -144,6 +144,22 @@ def test_a_target_that_cannot_hold_any_more_is_left_alone() -> None:
             load = Load(rate_per_s=40.0, num_windows=50, window_s=0.3, drain_limit_s=10.0)
             results = await bench.loaded({"x": load}, stop_below=Slo("ttft", 1.0, 99.0))
         assert len(results["x"]) == 1
+
+    bounded(test)
+
+
+def test_a_burst_tells_the_rate_of_what_is_answered_in_time() -> None:
+    async def test() -> None:
+        server = StreamServer(first_token_s=0.1, gap_s=0.0)
+        async with serving(server), session({}, 60.0) as opened:
+            prompts = Prompts(PLAIN_WORDS, 1.0, 0.0, nonce=1)
+            bench = Bench([Target("x", server.url)], make_workload("m"), prompts, opened, Progress())
+            rates = await bench.burst(["x"], 20, limit_s=10.0)
+            assert 0 < rates["x"] <= 20 / 0.1
+            assert len(server.requests) == 20
+            broken = Bench([Target("x", server.url)], make_workload("busy"), prompts, opened, Progress())
+            with pytest.raises(LoadError, match=r"x answers nothing .*http_503"):
+                await broken.burst(["x"], 3, limit_s=10.0)
 
     bounded(test)
 

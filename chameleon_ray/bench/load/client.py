@@ -41,6 +41,8 @@ class Outcome:
     late_s: until it was sent. ttft_s: first token. e2e_s: end of the answer, only when that was complete.
     gaps_s: between the events that carry tokens. error: a short kind, None for a complete answer; message: its text.
     num_prompt_tokens, num_output_tokens: the server's count, else as asked and the number of events.
+    queued_s: until the engine admitted it, by the engine's own clock; None where the server does not tell (vLLM does
+    with ``--enable-per-request-metrics``). What a preempted request waits again is not in it.
     """
 
     plan: PlannedRequest
@@ -50,6 +52,7 @@ class Outcome:
     gaps_s: "array[float]" = field(default_factory=lambda: array("d"))
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
+    queued_s: float | None = None
     error: str | None = None
     message: str = ""
 
@@ -181,6 +184,8 @@ class Client:
             outcome.ttft_s = None
             raise _AnswerError("empty", "the stream held no tokens")
         usage = fields.get("usage") or {}
+        queued_ms = (fields.get("metrics") or {}).get("queue_time_ms")
+        outcome.queued_s = None if queued_ms is None else queued_ms / 1e3
         outcome.num_prompt_tokens = usage.get("prompt_tokens", outcome.plan.num_prompt_tokens)
         outcome.num_output_tokens = usage.get("completion_tokens", len(times_s))
         outcome.gaps_s = array("d", (after - before for before, after in pairwise(times_s)))

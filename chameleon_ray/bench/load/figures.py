@@ -90,6 +90,7 @@ def _group(outcomes: Sequence[Outcome], slo: Slo | None) -> Figures:
         "ttft": _statistics([outcome.ttft_s for outcome in complete if outcome.ttft_s is not None]),
         "tbt": gaps,
         "e2e": _statistics([outcome.e2e_s for outcome in complete if outcome.e2e_s is not None]),
+        "queued": _statistics([outcome.queued_s for outcome in complete if outcome.queued_s is not None]),
     }
 
 

@@ -68,6 +68,21 @@ class Bench:
                 raise LoadError(f"{name} fails although unloaded: {failed.error}: {failed.message}")
         return results
 
+    async def burst(self, names: Sequence[str], num_requests: int, limit_s: float) -> dict[str, float]:
+        """Answers per second of each named target that gets so many requests at once, in at most ``limit_s``: about the
+        most that it can serve. Raises LoadError when one answers nothing."""
+        rates = {}
+        for name in names:
+            requests = prepare(self._workload.one_by_one(num_requests), self._prompts)
+            self._progress.begin(name, "burst", num_requests)
+            window = await self._window(name, requests, limit_s)
+            answered = sum(outcome.error is None for outcome in window.outcomes)
+            if not answered:
+                first = window.outcomes[0]
+                raise LoadError(f"{name} answers nothing in {limit_s:.0f} s: {first.error}: {first.message}")
+            rates[name] = answered / window.elapsed_s
+        return rates
+
     async def loaded(self, loads: Mapping[str, Load], stop_below: Slo | None = None) -> dict[str, list[Window]]:
         """Each named target under its own load; every second round of windows in the opposite order of targets.
 

@@ -73,12 +73,9 @@ class RateSearch:
 
 
 async def find_highest(
-    names: list[str],
-    options: SearchOptions,
-    probe: Callable[[Mapping[str, float]], Awaitable[Mapping[str, Verdict]]],
+    searches: dict[str, RateSearch], probe: Callable[[Mapping[str, float]], Awaitable[Mapping[str, Verdict]]]
 ) -> dict[str, RateSearch]:
-    """Search for all targets side by side: ``probe`` measures each at its own load, alternating between them."""
-    searches = {name: RateSearch(options) for name in names}
+    """Carry searches through side by side: ``probe`` measures each at its own load, alternating between them."""
     while rates := {name: rate for name, search in searches.items() if (rate := search.next_rate()) is not None}:
         for name, verdict in (await probe(rates)).items():
             searches[name].report(rates[name], verdict)

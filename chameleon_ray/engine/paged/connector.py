@@ -7,6 +7,7 @@ back from all ranks. Translation only.
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import prometheus_client
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -29,6 +30,7 @@ from chameleon_ray.engine.paged.messages import (
     tells_starter,
 )
 from chameleon_ray.engine.paged.options import EngineLimits, PagedSettings
+from chameleon_ray.engine.paged.prometheus import PolicyPrometheus
 from chameleon_ray.engine.paged.stats import AdapterStats, StatsReporter
 
 if TYPE_CHECKING:
@@ -102,6 +104,18 @@ class PagedConnector(KVConnectorBase_V1):
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> AdapterStats:
         return AdapterStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> PolicyPrometheus | None:
+        if metric_types[prometheus_client.Gauge] is not prometheus_client.Gauge:
+            return None  # Ray's: replicas publish by themselves.
+        return PolicyPrometheus(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     # Workers
 
