@@ -155,12 +155,12 @@ class CostModel(_Part):
         overhead_s = step.overhead_s + step.request_s * tokens
         weights_read_s, kv_read_s, attention_s = step.weights_read_s, step.kv_read_s, step.attention_s
         arithmetic_s = step.token_s * tokens
-        ranks_s, adapters_s = step.token_rank_s * token_ranks, step.adapter_read_s * adapter_bytes
+        lora_s = step.token_rank_s * token_ranks + step.adapter_read_s * adapter_bytes
 
         def step_s(context_tokens: int) -> float:
             reading_s = weights_read_s + kv_read_s * context_tokens
             base_s = overhead_s + (reading_s if reading_s > arithmetic_s else arithmetic_s)
-            return base_s + attention_s * context_tokens + ranks_s + adapters_s
+            return base_s + attention_s * context_tokens + lora_s
 
         return step_s
 
