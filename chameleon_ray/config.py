@@ -60,7 +60,8 @@ class EngineConfig(_Section):
         default=None, description="`chameleon`: the SLO that quotas aim at, in seconds; default: five mean durations"
     )
     scheduler_refresh_s: PositiveFloat = Field(
-        default=60.0, description="`chameleon`: pause between two measurements of queues and quotas"
+        default=300.0,
+        description="`chameleon`: pause between measurements of queues and quotas, a fifth of it while requests wait",
     )
     scheduler_max_queues: Annotated[int, Field(ge=1, le=4)] = Field(
         default=4, description="`chameleon`: most queues that requests are split into"

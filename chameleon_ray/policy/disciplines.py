@@ -19,7 +19,7 @@ class QueueOptions:
 
     total_tokens: tokens that running requests may hold together (KV cache plus adapters, in tokens).
     max_running: requests that the engine runs at once, its seats; None: tokens alone limit.
-    slo_s: None takes five mean durations. refresh_s: T_refresh, 300 in the paper.
+    slo_s: None takes five mean durations. refresh_s: the paper's T_refresh; see rule 7 of ``queues``.
     max_overtakes: how often capacity may let younger requests pass one (rule 6).
     max_squash_share: bypasses are allowed as long as squashing them all would stay within this share of admissions.
     priority_s: seconds of seniority that one level of client priority is worth.
@@ -31,7 +31,7 @@ class QueueOptions:
     max_queues: int = 4
     k_rule: Literal["elbow", "min_wcss"] = "elbow"
     slo_s: float | None = None
-    refresh_s: float = 60.0
+    refresh_s: float = 300.0
     max_overtakes: int = 32
     max_squash_share: float = 0.05
     priority_s: float = 1.0

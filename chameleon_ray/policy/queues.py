@@ -17,6 +17,9 @@ The rules
    its own queue's quota, which returns by itself; but also a driver without capacity left to get to it. After
    ``max_overtakes`` nobody of its queue passes the request any more; after twice as many, the replica admits nobody
    else until it runs. So a request above any quota gets its turn, too.
+7. Queues and quotas are measured anew every ``refresh_s``, the paper's T_refresh; while requests wait, after a fifth of
+   it: old quotas cost nothing until somebody waits, and then more than a queue near saturation can bear
+   (docs/simulator.md). Before the first window of traffic is full, also whenever arrivals have doubled.
 """
 
 from collections.abc import Iterator
@@ -35,6 +38,7 @@ _MAX_LOOKS = 64
 _MAX_ASKED = 32
 """Loading adapters that a step asks about, in turn."""
 _MAX_PRIORITY = 10
+_BACKLOG_REFRESH_SHARE = 0.2
 _CAPACITY_OBSTACLES = (Obstacle.LOADING, Obstacle.NO_ROOM, Obstacle.NO_MEMORY)
 
 
@@ -110,7 +114,8 @@ class RequestQueues:
         """Start a step at ``now_s``; whatever step was under way is over."""
         self._end_step()
         self._now_s = now_s
-        if now_s >= self._refresh_at_s or self._window.num_arrived >= self._refresh_at_arrival:
+        early_s = self._options.refresh_s * (1 - _BACKLOG_REFRESH_SHARE) if self.num_waiting else 0.0
+        if now_s >= self._refresh_at_s - early_s or self._window.num_arrived >= self._refresh_at_arrival:
             self.refresh(now_s)
         if self.settled:
             self._held, self._unreached, self._walk = None, list(self._set.queues), self._offer_nobody()

@@ -40,7 +40,7 @@ class PolicySettings(BaseModel):
     size_form: Literal["product", "sum"] = "product"
     k_rule: Literal["elbow", "min_wcss"] = "elbow"
     max_queues: Count = 4
-    refresh_s: Positive = 60.0
+    refresh_s: Positive = 300.0
     slo_s: Positive | None = None
     predictor_accuracy: float | None = Field(None, ge=0, le=1)
 

@@ -523,7 +523,7 @@ def test_priority_orders_equals_and_is_worth_bounded_seniority():
     assert step(waiting, 20.5) == ["patient", "newcomer"]  # at most ten levels each way: 20 s
 
 
-def test_refresh_moves_waiting_requests_in_order_and_runs_every_minute():
+def test_refresh_moves_waiting_requests_in_order_and_comes_early_while_they_wait():
     waiting = queues("chameleon", total_tokens=300)
     for number in range(64):
         add(waiting, request(f"r{number}", 20 if number % 2 else 180), now_s=number * 0.01)
@@ -540,6 +540,17 @@ def test_refresh_moves_waiting_requests_in_order_and_runs_every_minute():
         numbers = [int(one.request_id[1:]) for one in waiting.waiting(queue)]
         assert numbers == sorted(numbers)
     waiting.check()
+
+
+def test_refresh_comes_every_five_minutes_while_nobody_waits():
+    waiting = queues("chameleon")
+    add(waiting, request("a", 40), now_s=0.0)
+    assert step(waiting, 1.0) == ["a"]
+    refreshes = waiting.state().num_refreshes
+    step(waiting, 300.9)
+    assert waiting.state().num_refreshes == refreshes
+    step(waiting, 301.1)
+    assert waiting.state().num_refreshes == refreshes + 1
 
 
 def test_refresh_ends_the_step_under_way():

@@ -74,7 +74,7 @@ class PagedSettings:
     max_queues: int = 4
     k_rule: Literal["elbow", "min_wcss"] = "elbow"
     slo_s: float | None = None
-    refresh_s: float = 60.0
+    refresh_s: float = 300.0
     trust_predictions: bool = False
 
     def __post_init__(self) -> None:
