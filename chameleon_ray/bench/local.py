@@ -24,6 +24,7 @@ NUM_REQUESTS = 300
 NUM_STREAMS = 16
 TOKENS_PER_STREAM = 4000
 PERCENTILES = (50, 99)
+IDLE_PERCENT, SETTLE_S, SETTLE_LIMIT_S = 20.0, 3.0, 60.0
 
 
 def run(config: Path, json_path: Path | None, say: Callable[[str], None] = print) -> int:
@@ -35,6 +36,7 @@ def run(config: Path, json_path: Path | None, say: Callable[[str], None] = print
         _request(launcher.url, models[-1])
         measured["start_to_first_token_s"] = time.monotonic() - began_s
         measured["memory_pss_gib"] = _memory_gib()
+        _settle(say)
         for name, model in (("base", models[0]), ("adapter", models[-1])):
             measured |= {f"{name}_{key}": value for key, value in _overhead(launcher.url, model, say).items()}
     say("2/2 the same with engines that generate at once")
@@ -88,6 +90,15 @@ def _pss(process: psutil.Process) -> int:
         return int(process.memory_full_info().pss)
     except psutil.NoSuchProcess:
         return 0
+
+
+def _settle(say: Callable[[str], None]) -> None:
+    """Wait until the machine is idle: after "ready" Ray's own processes go on starting, and take the cores for it."""
+    idle_s, limit_s = 0.0, time.monotonic() + SETTLE_LIMIT_S
+    while idle_s < SETTLE_S and time.monotonic() < limit_s:
+        idle_s = idle_s + 1.0 if psutil.cpu_percent(interval=1.0) < IDLE_PERCENT else 0.0
+    if idle_s < SETTLE_S:
+        say("     the machine does not become idle: latencies include what else it does")
 
 
 def _overhead(url: str, model: str, say: Callable[[str], None]) -> dict[str, float]:
