@@ -108,7 +108,7 @@ def test_a_row_holds_within_five_points_or_better(paper_figure, ours, better, ho
 
 
 def test_an_experiment_repeats_and_its_figures_make_sense():
-    effort = paper.Effort(duration_s=40.0, num_seeds=1)
+    effort = paper.Effort(duration_s=200.0, num_seeds=1)  # In 40 s most requests are the first of their adapter.
     slora, chameleon = (paper.measure(paper.Experiment(name, 6.0), effort) for name in ("S-LoRA", "Chameleon"))
     assert paper.measure(paper.Experiment("S-LoRA", 6.0), effort) == slora
     assert chameleon.hit_rate > slora.hit_rate + 0.2

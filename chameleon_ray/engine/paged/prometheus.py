@@ -7,7 +7,7 @@ from collections.abc import Callable
 from math import isinf
 from typing import Any
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import REGISTRY, Counter, Gauge
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics
 
@@ -42,6 +42,7 @@ class PolicyPrometheus(KVConnectorPromMetrics):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        _forget_earlier_engine()
         counter, gauge = metric_types[Counter], metric_types[Gauge]
         self._counters = {name: counter(name, text, labelnames) for name, (text, _) in TOTALS.items()}
         self._gauges = {name: gauge(name, text, [*labelnames, "queue"]) for name, text in QUEUE_GAUGES.items()}
@@ -65,3 +66,11 @@ class PolicyPrometheus(KVConnectorPromMetrics):
             for gauge in self._gauges.values():
                 gauge.remove(*labels, number)
         self._num_queues[engine_idx] = len(queues)
+
+
+def _forget_earlier_engine() -> None:
+    """Drop the metrics of an engine that this process had before, as vLLM does with its own: a name is taken once."""
+    ours = {*TOTALS, *QUEUE_GAUGES}
+    for collector in list(REGISTRY._collector_to_names):
+        if getattr(collector, "_name", None) in ours:
+            REGISTRY.unregister(collector)
