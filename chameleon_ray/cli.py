@@ -54,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     add_capacity(capacity)
     capacity.set_defaults(run=_bench_capacity)
     engine = benches.add_parser("engine", help="one engine: vLLM's slots, adapters in KV memory, base model")
+    engine.add_argument(
+        "--dtype", default="auto", help="of weights, activations and KV cache: auto (vLLM's choice), float32, bfloat16"
+    )
     engine.set_defaults(run=_bench_engine)
     calibrate = commands.add_parser("calibrate", help="measure an engine and write a cost model for the simulator")
     bench_calibrate.add_arguments(calibrate)
@@ -191,7 +194,7 @@ def _bench_capacity(arguments: argparse.Namespace) -> int:
 def _bench_engine(arguments: argparse.Namespace) -> int:
     from chameleon_ray.bench.engine import run
 
-    return run(arguments.json)
+    return run(arguments.json, dtype=arguments.dtype)
 
 
 def _bench_burst(arguments: argparse.Namespace) -> int:
