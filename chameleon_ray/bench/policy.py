@@ -8,6 +8,7 @@ are the same every time.
 import json
 import random
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,7 @@ class _Replica:
         self.queues = RequestQueues("chameleon", options, self)
         self._running: dict[str, tuple[QueuedRequest, float]] = {}
         self._under_way: list[tuple[int, bool, str]] = []
+        self._users: Counter[str] = Counter()
         self._held: dict[str, int] = {}
         self._blocked: str | None = None
         self._kv_blocks = 0
@@ -84,15 +86,23 @@ class _Replica:
             return Admission.READY
         return Admission.NO_ROOM if request.adapter.digest == self._blocked else Admission.LOADING
 
-    def fits_after(self, request: QueuedRequest, ended: Sequence[str]) -> bool:
+    def ends_needed(self, request: QueuedRequest, leaving: Sequence[str]) -> int | None:
         """See ``AdapterRoom``."""
-        gone = set(ended)
-        running = [one for request_id, (one, _) in self._running.items() if request_id not in gone]
-        in_use = {one.adapter.digest for one in running if one.adapter}
-        in_use.update(digest for _, is_load, digest in self._under_way if is_load)
-        used = sum(map(_kv_blocks, running)) + sum(self._blocks[digest] for digest in in_use)
-        needed = self._blocks[request.adapter.digest] if request.adapter else 0
-        return used + needed <= self._scenario.pool_blocks
+        users: dict[str, int] = {}
+        used = self._kv_blocks + sum(self._blocks[digest] for digest in self._users)
+        used += sum(self._blocks[digest] for _, is_load, digest in self._under_way if is_load)
+        used += self._blocks[request.adapter.digest] if request.adapter else 0
+        for count in range(len(leaving) + 1):
+            if count:
+                ended, _ = self._running[leaving[count - 1]]
+                used -= _kv_blocks(ended)
+                if ended.adapter:
+                    digest = ended.adapter.digest
+                    users[digest] = users.get(digest, self._users[digest]) - 1
+                    used -= 0 if users[digest] else self._blocks[digest]
+            if used <= self._scenario.pool_blocks:
+                return count
+        return None
 
     def step(self, now_s: float) -> tuple[int, int]:
         """One step; nanoseconds spent in the queues and in the cache's plan and commit."""
@@ -156,12 +166,14 @@ class _Replica:
         self._running[request.request_id] = (request, now_s + request.num_predicted_tokens * STEP_S)
         self._kv_blocks += _kv_blocks(request)
         if request.adapter:
+            self._users[request.adapter.digest] += 1
             self.cache.acquire(request.request_id, now_s)
 
     def _stop(self, request_id: str, now_s: float) -> QueuedRequest:
         request, _ = self._running.pop(request_id)
         self._kv_blocks -= _kv_blocks(request)
         if request.adapter:
+            self._users -= Counter((request.adapter.digest,))
             self.cache.requeue(request_id, now_s)
         return request
 
@@ -176,6 +188,7 @@ class _Replica:
         self._under_way = [item for item in self._under_way if item[0] > self._num_steps]
         for _, is_load, digest in due:
             (self.cache.loaded if is_load else self.cache.fetched)(digest)
+            self.queues.adapter_moved(digest)
         needed = [
             request.adapter.digest
             for queue in range(len(self.queues.state().queues))

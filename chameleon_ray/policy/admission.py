@@ -27,8 +27,11 @@ class AdapterRoom(Protocol):
     def admission(self, request: QueuedRequest) -> Admission:
         """Whether the request's adapter lets it run now."""
 
-    def fits_after(self, request: QueuedRequest, ended: Sequence[str]) -> bool:
-        """Whether the request would have room if the running requests ``ended`` were gone (idle adapters evicted)."""
+    def ends_needed(self, request: QueuedRequest, leaving: Sequence[str]) -> int | None:
+        """How many of the running requests ``leaving`` must be gone, in that order, for the request to have room.
+
+        Idle adapters are evicted for it. None where not even all of them suffice.
+        """
 
 
 class Obstacle(Enum):

@@ -1,6 +1,5 @@
 """Opportunistic bypass (paper: Scheduler): who may overtake a request without adapter room, and who is squashed."""
 
-from bisect import bisect_left
 from math import inf
 
 from chameleon_ray.policy.admission import AdapterRoom, Admission
@@ -20,6 +19,9 @@ class Bypasses:
         self._room = room
         self._max_squash_share = max_squash_share
         self._bypassers: dict[str, Entry] = {}
+        self._ends_known_for: tuple[float, int] | None = None
+        self._ends: list[tuple[float, str]] = []
+        self._rooms_s: dict[str, float] = {}
 
     def affordable(self, num_admissions: int) -> bool:
         """Whether one more bypass is allowed: if every one under way is squashed, the share must still hold."""
@@ -28,19 +30,25 @@ class Bypasses:
 
     def room_expected_s(self, head: Entry, now_s: float) -> float:
         """When enough running requests are predicted to have ended for ``head`` to fit; minus infinity when unknown."""
-        if self._window.seconds_per_token is None:
+        if (pace_s := self._window.seconds_per_token) is None:
             return -inf
-        ends = sorted((max(now_s, self._end_s(entry)), entry.request_id) for entry in self._queues.running.values())
-        ended = [request_id for _, request_id in ends]
-        needed = bisect_left(
-            range(len(ended) + 1), True, key=lambda count: self._room.fits_after(head.request, ended[:count])
-        )
-        # Fits with none ended: the answer changed since. Fits with all ended neither: nothing is predicted.
-        return ends[needed - 1][0] if 0 < needed <= len(ends) else -inf
+        known_for = now_s, self._queues.num_moves
+        if self._ends_known_for != known_for:  # Else the same requests run as when an earlier head of this step asked.
+            self._ends_known_for, self._rooms_s = known_for, {}
+            self._ends = sorted(
+                (max(now_s, entry.admitted_s + entry.request.num_predicted_tokens * pace_s), request_id)
+                for request_id, entry in self._queues.running.items()
+            )
+        if (room_s := self._rooms_s.get(head.request_id)) is None:
+            needed = self._room.ends_needed(head.request, [request_id for _, request_id in self._ends])
+            # 0: the answer has changed since. None: nothing is predicted.
+            room_s = self._rooms_s[head.request_id] = self._ends[needed - 1][0] if needed else -inf
+        return room_s
 
     def ends_before(self, entry: Entry, now_s: float, deadline_s: float) -> bool:
         """Whether ``entry``, admitted now, is predicted to end in time. A request squashed once never tries again."""
-        return not entry.was_squashed and now_s + self._duration_s(entry) < deadline_s
+        duration_s = entry.request.num_predicted_tokens * (self._window.seconds_per_token or inf)
+        return not entry.was_squashed and now_s + duration_s < deadline_s
 
     def start(self, entry: Entry, head: Entry) -> None:
         """``entry`` runs and has overtaken ``head``."""
@@ -76,15 +84,11 @@ class Bypasses:
             return ()
         # The latest admitted have the least work to lose.
         bypassers = [entry for entry in reversed(self._bypassers.values()) if entry.bypassed is head]
-        for count in range(1, len(bypassers) + 1):
+        needed = self._room.ends_needed(head.request, [entry.request_id for entry in bypassers])
+        if needed is None:
+            return ()
+        for count in range(max(1, needed), len(bypassers) + 1):
             chosen = bypassers[:count]
-            has_quota = head.tokens <= head.queue.free_tokens + self._queues.returned_by(chosen, head.queue)
-            if has_quota and self._room.fits_after(head.request, [entry.request_id for entry in chosen]):
+            if head.tokens <= head.queue.free_tokens + self._queues.returned_by(chosen, head.queue):
                 return tuple(entry.request_id for entry in chosen)
         return ()
-
-    def _duration_s(self, entry: Entry) -> float:
-        return entry.request.num_predicted_tokens * (self._window.seconds_per_token or inf)
-
-    def _end_s(self, entry: Entry) -> float:
-        return entry.admitted_s + self._duration_s(entry)

@@ -18,6 +18,8 @@ class QueueSet:
         self.adapter_users: dict[str, dict[str, Entry]] = {}
         """Digest -> running requests that use the adapter, in order of admission; the first one has borrowed for it."""
         self.used_tokens = 0
+        self.num_moves = 0
+        """How often a request began to run or stopped."""
         self.queues = _queues(layout)
         self._total_tokens = sum(layout.quotas)
         self._max_running = UNLIMITED if max_running is None else max_running
@@ -42,6 +44,11 @@ class QueueSet:
         """A waiting request's adapter is loading: steps need not look at it until ``recall``."""
         entry.queue.remove(entry)
         self._join_loading(entry)
+
+    def ask_next(self, digest: str) -> None:
+        """Something has happened to an adapter: ``recall`` asks about it before others."""
+        if digest in self._loading:
+            self._loading.move_to_end(digest, last=False)
 
     def recall(self, admission: Callable[[QueuedRequest], Admission], max_asked: int) -> None:
         """Requests whose adapter is not loading any more go back to their places; asks about ``max_asked``, in turn."""
@@ -68,6 +75,7 @@ class QueueSet:
         entry.place = Place.RUNNING
         entry.admitted_s = now_s
         self.running[entry.request_id] = entry
+        self.num_moves += 1
         if entry.request.adapter is not None:
             self.adapter_users.setdefault(entry.request.adapter.digest, {})[entry.request_id] = entry
         entry.queue.num_running += 1
@@ -95,6 +103,7 @@ class QueueSet:
                 del self._loading[digest]
         else:
             del self.running[entry.request_id]
+            self.num_moves += 1
             entry.queue.num_running -= 1
             self.used_tokens -= entry.tokens
             for lender, tokens in entry.loans:
@@ -106,14 +115,16 @@ class QueueSet:
         del self.entries[entry.request_id]
 
     def allowance(self, queue: SizeQueue, spare: bool) -> int:
-        """Tokens that the next request of ``queue`` may borrow; without limit when nobody runs.
+        """Tokens that the next request of ``queue`` may borrow, -1 without a seat; without limit when nobody runs.
 
-        A queue that lends nothing may lend all that is free, so that a request above its quota runs as its only one.
-        spare: with what queues in which nobody waits have left. The total bounds all: after a refresh, loans can exceed
-        some quotas while other queues still have theirs.
+        The same until somebody runs or stops. A queue that lends nothing may lend all that is free, so that a request
+        above its quota runs as its only one. spare: with what queues in which nobody waits have left. The total bounds
+        all: after a refresh, loans can exceed some quotas while other queues still have theirs.
         """
         if not self.running:
             return UNLIMITED
+        if not self.has_seat(queue, spare):
+            return -1
         if not queue.used_tokens:
             return self.free_tokens
         tokens = queue.free_tokens
@@ -123,10 +134,12 @@ class QueueSet:
 
     def has_seat(self, queue: SizeQueue, spare: bool) -> bool:
         """Whether the next request of ``queue`` finds a seat of its share, or a ``spare`` one that nobody waits for."""
-        if queue.free_seats or not self.running:
+        if queue.num_running < queue.max_running or not self.running:
             return True
+        if not spare:
+            return False
         kept = sum(other.free_seats for other in self.queues if other and other is not queue)
-        return spare and len(self.running) + kept < self._max_running
+        return len(self.running) + kept < self._max_running
 
     def returned_by(self, leaving: Collection[Entry], queue: SizeQueue) -> int:
         """Tokens that ``queue`` would get back if the running requests ``leaving`` left together."""

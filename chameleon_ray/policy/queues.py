@@ -33,10 +33,10 @@ from chameleon_ray.policy.queue_set import QueueSet
 from chameleon_ray.policy.size_queue import Entry, Place, SizeQueue
 from chameleon_ray.policy.sizing import QueuedRequest, adapter_tokens, queue_of, request_size
 
-_MAX_LOOKS = 64
+_MAX_LOOKS = 32
 """Requests of one queue that a step may look at in vain; bounds its cost."""
-_MAX_ASKED = 32
-"""Loading adapters that a step asks about, in turn."""
+_MAX_ASKED = 16
+"""Loading adapters that a step asks about, those that have moved first, then in turn."""
 _MAX_PRIORITY = 10
 _BACKLOG_REFRESH_SHARE = 0.2
 _CAPACITY_OBSTACLES = (Obstacle.LOADING, Obstacle.NO_ROOM, Obstacle.NO_MEMORY)
@@ -105,10 +105,16 @@ class RequestQueues:
         if request.request_id in self:
             raise QueueError(f"request {request.request_id} is queued or running already: use another id")
         entry = Entry(request, self._window.num_arrived, now_s, 0, self._set.queues[0], waiting_since_s=now_s)
+        if request.adapter is not None:
+            entry.own_adapter_tokens = adapter_tokens(request.adapter, self._options.sizing)
         self._price(entry)
         self._window.arrived(request, now_s)
         self._classify(entry)
         self._set.enter(entry)
+
+    def adapter_moved(self, digest: str) -> None:
+        """An adapter was fetched or loaded, or could not be: the next step asks about it before others."""
+        self._set.ask_next(digest)
 
     def begin_step(self, now_s: float) -> None:
         """Start a step at ``now_s``; whatever step was under way is over."""
@@ -240,9 +246,8 @@ class RequestQueues:
     def _price(self, entry: Entry) -> None:
         """Note what the request would borrow if it ran now (rule 2)."""
         request, adapter = entry.request, entry.request.adapter
-        entry.adapter_tokens = 0
-        if adapter is not None and adapter.digest not in self._set.adapter_users:
-            entry.adapter_tokens = adapter_tokens(adapter, self._options.sizing)
+        shared = adapter is not None and adapter.digest in self._set.adapter_users
+        entry.adapter_tokens = 0 if shared else entry.own_adapter_tokens
         entry.tokens = request.num_prompt_tokens + request.num_predicted_tokens + entry.adapter_tokens
 
     def _classify(self, entry: Entry) -> None:
@@ -282,28 +287,30 @@ class RequestQueues:
             self._unreached.remove(queue)
             queue.stuck.clear()
             queue.resume = None
-            yield from self._offer_queue(queue, queue.first(), spare=False)
+            yield from self._offer_queue(queue, 0, spare=False)
         for queue in self._set.queues:
             if queue.resume is not None and queue.resume.place is Place.WAITING:
-                yield from self._offer_queue(queue, queue.resume, spare=True)
+                yield from self._offer_queue(queue, queue.index_of(queue.resume.order), spare=True)
 
     def _offer_nobody(self) -> Iterator[Entry]:
         self._unreached.clear()
         yield from ()
 
-    def _offer_queue(self, queue: SizeQueue, entry: Entry | None, spare: bool) -> Iterator[Entry]:
+    def _offer_queue(self, queue: SizeQueue, index: int, spare: bool) -> Iterator[Entry]:
         self._head = None
         looks = _MAX_LOOKS
-        while entry is not None and looks > 0:
-            order = entry.order
-            obstacle = self._obstacle(entry, queue, spare)
+        allowance = self._set.allowance(queue, spare)
+        while looks > 0 and (entry := queue.at(index)) is not None:
+            obstacle = self._obstacle(entry, allowance)
             if obstacle is None:
+                order = entry.order
                 yield entry
                 obstacle = self._outcome
+                allowance, index = self._set.allowance(queue, spare), queue.index_of(order)
             if obstacle is not None and not self._goes_on_behind(entry, queue, obstacle, spare):
                 break
             looks -= obstacle in (Obstacle.LOADING, Obstacle.NO_ROOM, Obstacle.NO_BYPASS)
-            entry = queue.after(order)
+            index += queue.at(index) is entry
         self._head = None
 
     def _offer_only(self, held: Entry) -> Iterator[Entry]:
@@ -321,19 +328,19 @@ class RequestQueues:
         if hopeless:
             held.overtaken = 0
 
-    def _obstacle(self, entry: Entry, queue: SizeQueue, spare: bool) -> Obstacle | None:
+    def _obstacle(self, entry: Entry, allowance: int) -> Obstacle | None:
         admission = self._room.admission(entry.request)
-        entry.was_ready |= admission is Admission.READY
         if admission is Admission.LOADING:
             return Obstacle.LOADING
+        entry.was_ready |= admission is Admission.READY
         self._price(entry)
-        if entry.tokens > self._set.allowance(queue, spare) or not self._set.has_seat(queue, spare):
+        if entry.tokens > allowance:
             return Obstacle.QUOTA
         if admission is Admission.NO_ROOM:
             return Obstacle.NO_ROOM
         if self._head is not None and not (
-            self._bypasses.affordable(self._num_admissions)
-            and self._bypasses.ends_before(entry, self._now_s, self._head_room_s)
+            self._bypasses.ends_before(entry, self._now_s, self._head_room_s)
+            and self._bypasses.affordable(self._num_admissions)
         ):
             return Obstacle.NO_BYPASS
         return None

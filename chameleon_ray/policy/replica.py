@@ -112,6 +112,7 @@ class ReplicaPolicy:
     def fetched(self, digest: str) -> None:
         """A fetch has ended well: the host copy is complete."""
         self.cache.fetched(digest)
+        self.queues.adapter_moved(digest)
         self._changed = True
 
     def fetch_failed(self, digest: str, reason: str, now_s: float) -> tuple[str, ...]:
@@ -122,6 +123,7 @@ class ReplicaPolicy:
     def loaded(self, digest: str) -> None:
         """A load has ended well: the adapter is resident."""
         self.cache.loaded(digest)
+        self.queues.adapter_moved(digest)
         if not self._running.get(digest):
             self._pinned_blocks -= self._num_blocks[digest]
         self._changed = True
@@ -326,21 +328,29 @@ class ReplicaPolicy:
         # Without a host copy there is nothing that room could be used for yet; the cache fetches for whoever waits.
         return Admission.NO_ROOM if state is State.HOST else Admission.LOADING
 
-    def _fits_after(self, request: QueuedRequest, ended: Sequence[str]) -> bool:
-        """Room for the request's adapter and prompt, idle adapters evicted, once ``ended`` are gone."""
-        gone = set(ended)
-        kv_blocks = sum(self._pool.kv_blocks(request_id) for request_id in gone)
-        digests = {one.adapter.digest for request_id in gone if (one := self._requests[request_id]).adapter}
-        unpinned = sum(self._num_blocks[digest] for digest in digests if self._running[digest] <= gone)
-        free = self._pool.free_blocks() + self._idle_blocks + kv_blocks + unpinned
-        share = self.config.cache.max_blocks - self._pinned_blocks + unpinned
-        adapter_blocks = 0
-        if request.adapter is not None:
-            digest = request.adapter.digest
-            stays = self.cache.state(digest) is State.LOADING or bool(self._running.get(digest, set()) - gone)
-            adapter_blocks = 0 if stays else self._num_blocks[digest]
+    def _ends_needed(self, request: QueuedRequest, leaving: Sequence[str]) -> int | None:
+        """See ``AdapterRoom``: room for the request's adapter and prompt, idle adapters evicted."""
+        digest = request.adapter.digest if request.adapter is not None else None
+        is_loading = digest is not None and self.cache.state(digest) is State.LOADING
         prompt_blocks = -(-request.num_prompt_tokens // self.config.block_tokens)
-        return adapter_blocks <= share and adapter_blocks + prompt_blocks <= free
+        free = self._pool.free_blocks() + self._idle_blocks
+        share = self.config.cache.max_blocks - self._pinned_blocks
+        users: dict[str, int] = {}
+        for count in range(len(leaving) + 1):
+            if count:
+                request_id = leaving[count - 1]
+                free += self._pool.kv_blocks(request_id)
+                if (adapter := self._requests[request_id].adapter) is not None:
+                    users[adapter.digest] = users.get(adapter.digest, len(self._running[adapter.digest])) - 1
+                    if not users[adapter.digest]:
+                        free += self._num_blocks[adapter.digest]
+                        share += self._num_blocks[adapter.digest]
+            adapter_blocks = 0
+            if digest is not None and not is_loading and not users.get(digest, len(self._running.get(digest, ()))):
+                adapter_blocks = self._num_blocks[digest]
+            if adapter_blocks <= share and adapter_blocks + prompt_blocks <= free:
+                return count
+        return None
 
     def _commit(self, plan: Plan, now_s: float) -> None:
         self.cache.commit(plan, now_s)
@@ -372,6 +382,7 @@ class ReplicaPolicy:
             self._pinned_blocks -= self._num_blocks[digest]
 
     def _refused(self, digest: str) -> tuple[str, ...]:
+        self.queues.adapter_moved(digest)
         self._changed = True
         requests = self._requests.values()
         waiting = tuple(one.request_id for one in requests if one.adapter is not None and one.adapter.digest == digest)
@@ -392,8 +403,8 @@ class _Room:
     def admission(self, request: QueuedRequest) -> Admission:
         return self.policy._admission(request)
 
-    def fits_after(self, request: QueuedRequest, ended: Sequence[str]) -> bool:
-        return self.policy._fits_after(request, ended)
+    def ends_needed(self, request: QueuedRequest, leaving: Sequence[str]) -> int | None:
+        return self.policy._ends_needed(request, leaving)
 
 
 def _mean(mean: float, value: float) -> float:

@@ -1,7 +1,7 @@
 """One queue of requests of like size: who waits in it, in which order, and how much of its quota is lent."""
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -9,6 +9,10 @@ from chameleon_ray.policy.sizing import QueuedRequest
 
 Order = tuple[float, int]
 """Place in a queue: seniority (or size), then arrival number, which no two requests share."""
+
+
+_INSERTS_PER_MERGE = 32
+"""A merge passes over the whole queue: so many of its requests cost as much as one insertion."""
 
 
 class Place(Enum):
@@ -30,6 +34,7 @@ class Entry:
 
     arrival: number of the request, in order of arrival.
     tokens, adapter_tokens: what it borrows while it runs, and the part of it that is for its adapter.
+    own_adapter_tokens: that part if nobody else used the adapter.
     size: its WRS by the scales in force. admitted_s: when it last began to run.
     waiting_since_s: when it arrived or last came back.
     overtaken: requests admitted while only capacity, not its queue's quota, kept it waiting.
@@ -43,6 +48,7 @@ class Entry:
     tokens: int
     queue: "SizeQueue"
     adapter_tokens: int = 0
+    own_adapter_tokens: int = 0
     size: float = 0.0
     order: Order = (0.0, 0)
     place: Place = Place.WAITING
@@ -103,10 +109,13 @@ class SizeQueue:
         """The head."""
         return self._waiting[0][2] if self._waiting else None
 
-    def after(self, order: Order) -> Entry | None:
-        """The first request behind that place; good through removals and insertions."""
-        index = bisect_left(self._waiting, (order[0], order[1] + 1))
+    def at(self, index: int) -> Entry | None:
+        """The waiting request at that position, the head's being 0."""
         return self._waiting[index][2] if index < len(self._waiting) else None
+
+    def index_of(self, order: Order) -> int:
+        """The position of the request at that place, or of the first one behind it."""
+        return bisect_left(self._waiting, order)
 
     def note_stuck(self, entry: Entry) -> None:
         """Capacity rather than quota keeps the request waiting in this step."""
@@ -117,13 +126,17 @@ class SizeQueue:
         """Put a request at its place."""
         insort(self._waiting, (*entry.order, entry))
 
-    def insert_all(self, entries: Iterable[Entry]) -> None:
-        """Put many requests at their places, at the cost of one merge."""
-        self._waiting.extend((*entry.order, entry) for entry in entries)
-        self._waiting.sort()
+    def insert_all(self, entries: Sequence[Entry]) -> None:
+        """Put several requests at their places: few one by one, many at the cost of one merge."""
+        if len(entries) * _INSERTS_PER_MERGE < len(self._waiting):
+            for entry in entries:
+                self.insert(entry)
+        else:
+            self._waiting.extend((*entry.order, entry) for entry in entries)
+            self._waiting.sort()
 
     def remove(self, entry: Entry) -> None:
         """Take a waiting request out."""
-        index = bisect_left(self._waiting, entry.order)
+        index = self.index_of(entry.order)
         assert self._waiting[index][2] is entry, f"{entry.request_id} is not at its place"
         del self._waiting[index]

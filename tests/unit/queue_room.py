@@ -28,8 +28,8 @@ class Room:
     def admission(self, asked):
         return self.admissions.get(asked.adapter.digest, Admission.READY) if asked.adapter else Admission.READY
 
-    def fits_after(self, asked, ended):
-        return self.needed_ends <= set(ended)
+    def ends_needed(self, asked, leaving):
+        return next((n for n in range(len(leaving) + 1) if self.needed_ends <= set(leaving[:n])), None)
 
 
 def queues(discipline="static", room=None, total_tokens=1200, **options):

@@ -179,9 +179,12 @@ class Replica:
             return Admission.READY
         return Admission.FITS if used + self.sizes[one.adapter.digest] <= self.memory_tokens else Admission.NO_ROOM
 
-    def fits_after(self, one, ended):
-        used, adapters = self.used(without=set(ended))
-        return used + self.needed(one, adapters) <= self.memory_tokens
+    def ends_needed(self, one, leaving):
+        for count in range(len(leaving) + 1):
+            used, adapters = self.used(without=set(leaving[:count]))
+            if used + self.needed(one, adapters) <= self.memory_tokens:
+                return count
+        return None
 
     def arrive(self, one, now_s):
         self.queues.add(one, now_s)
