@@ -2,8 +2,9 @@
 
 One engine in this process, driven step by step: every adapter of the demo is used once, then base-model requests ask
 for more KV cache than there is beside one request whose adapter stays in use, then the adapters are used again. The
-same burst first meets a pool without idle adapters, so that the preemptions of the two can be compared. Steps that gave
-tokens are counted, not seconds: the machine's speed does not matter.
+same burst meets a pool without idle adapters before, so that the preemptions of the two can be compared; and once
+before that, because the scheduler learns from it how long such answers are, and then admits fewer at a time. Steps that
+gave tokens are counted, not seconds: the machine's speed does not matter.
 """
 
 import json
@@ -24,6 +25,7 @@ MIB = 1 << 20
 KV_BYTES = 64 * MIB
 NUM_BURST, BURST_PROMPT_TOKENS, BURST_OUTPUT_TOKENS = 32, 300, 200
 """32 x 500 tokens of KV cache: all that the pool holds, and some of it is the adapter's that is in use."""
+_LEARNING = "burst to learn from"
 _PHASES = ("burst without idle adapters", "adapters are used", "burst", "adapters are used again")
 
 
@@ -140,10 +142,10 @@ def _phases(engine: _Engine, adapters: list[Path]) -> dict[str, int]:
     """Run all phases; preemptions of each."""
     rng = random.Random(0)
     preemptions = {}
-    for phase in tqdm(_PHASES, desc="phases", disable=None):
+    for phase in tqdm((_LEARNING, *_PHASES), desc="phases", disable=None):
         before = engine.num_preemptions
         if "burst" in phase:
-            if "without" in phase:
+            if "without" in phase or phase == _LEARNING:
                 engine.evict_idle()
             staying = engine.add(list(range(10, 40)), 400, adapters[0])
             engine.run(phase, lambda ended: engine.has_started(adapters[0]))
@@ -172,13 +174,14 @@ def _summary(samples: list[Sample], num_blocks: int, preemptions: dict[str, int]
         "adapters'_blocks_after_it": adapters(_PHASES[3])[-1],
         "preemptions_in_the_burst": preemptions[_PHASES[2]],
         "preemptions_in_it_without_idle_adapters": preemptions[_PHASES[0]],
+        "preemptions_in_the_burst_to_learn_from": preemptions[_LEARNING],
     }
 
 
 def draw(path: Path, samples: list[Sample], num_blocks: int) -> None:
     """Blocks over engine steps, stacked. Raises LoadError without matplotlib."""
     pyplot = load_pyplot()
-    shown = [sample for sample in samples if sample.phase != _PHASES[0]]
+    shown = [sample for sample in samples if sample.phase in _PHASES[1:]]
     figure, axis = pyplot.subplots(figsize=(10, 4.5))
     axis.stackplot(
         range(len(shown)),

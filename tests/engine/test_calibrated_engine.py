@@ -34,8 +34,10 @@ def test_a_live_engine_is_measured_and_its_model_simulates_the_same_workload(
     )
     assert measured.limits == {"max_running": 32, "max_step_tokens": 1024, "max_model_len": 512, "watermark_share": 0.0}
 
-    prompts = [point for point in measured.steps if point.tokens > point.requests]
-    decoding = [point for point in measured.steps if point.tokens == point.requests]
+    assert {point.count > 1 for point in measured.steps} == {True, False}  # those of the rehearsal are single
+    repeated = [point for point in measured.steps if point.count > 1]
+    prompts = [point for point in repeated if point.tokens > point.requests]
+    decoding = [point for point in repeated if point.tokens == point.requests]
     assert {64, 3 * 64} <= {point.tokens for point in prompts}
     assert {1, 2, 3, 4} == {point.requests for point in decoding}
     assert {point.token_ranks for point in decoding if point.requests == 3} >= {0, 3 * 8, 3 * 128}

@@ -52,6 +52,7 @@ def points(costs, noise=0.0, count=200):
             attended_tokens=batch * context + prompt * (prompt + 1) / 2,
             seconds=1.0,
             fastest_s=1.0,
+            count=5,
         )
         seconds = step_seconds(costs, point) * (1 + noise * rng.gauss(0, 1))
         made.append(replace(point, seconds=seconds, fastest_s=0.9 * seconds))

@@ -12,7 +12,13 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.version import __version__ as vllm_version
 
 from chameleon_ray.bench.calibrate.live import CLOCKS, LiveAdapter, LiveEngine
-from chameleon_ray.bench.calibrate.measure import measure_loads, measure_steps, serve_workload, some_adapters
+from chameleon_ray.bench.calibrate.measure import (
+    measure_loads,
+    measure_steps,
+    serve_workload,
+    single_steps,
+    some_adapters,
+)
 from chameleon_ray.bench.calibrate.measured import CalibrationError, Effort, Measured
 from chameleon_ray.engine.paged.options import PagedSettings, paged_arguments
 from chameleon_ray.sim.parallel import show_progress
@@ -35,8 +41,13 @@ _POLICY = {
 def measure(engine: LiveEngine, folders: list[Path], effort: Effort, seed: int) -> Measured:
     """Everything about one engine. Raises CalibrationError."""
     adapters = some_adapters(engine, folders)
-    served = serve_workload(engine, adapters, effort, seed, show_progress) if effort.num_requests else []
-    steps = measure_steps(engine, adapters, effort, show_progress)
+    rehearsal, served = [], []
+    if effort.num_requests:
+        serve_workload(engine, adapters, effort, seed + 1, show_progress)
+        rehearsal = single_steps(engine.steps)
+        adapters = some_adapters(engine, folders)  # Anew: to the engine their content is one that it has not seen.
+        served = serve_workload(engine, adapters, effort, seed, show_progress)
+    steps = [*measure_steps(engine, adapters, effort, show_progress), *rehearsal]
     loads, fetches = measure_loads(engine, adapters, effort, show_progress)
     show_progress("", None)
     settings = PagedSettings.of(engine.config)

@@ -1,7 +1,10 @@
-"""Measures one live engine: a workload as users would send it, then steps of many compositions, then adapter loads.
+"""Measures one live engine: workloads as users would send them, then steps of many compositions, then adapter loads.
 
-The workload comes first, on an engine that has seen nothing: so does the simulator's. Every kind of step is measured
-several times, spread over the whole time; medians are taken, and the fastest tells how busy the machine was otherwise.
+The first workload is a rehearsal: it warms the engine up, and its steps are fitted along with the others, because steps
+among requests that come and go take longer than the same steps repeated (adapters have left the processor's caches).
+The second one, of other requests and for adapters that the engine has not seen, is what the simulator has to predict.
+Every other kind of step is measured several times, spread over the whole time; medians are taken, and the fastest tells
+how busy the machine was otherwise.
 """
 
 import statistics
@@ -74,6 +77,11 @@ def step_points(measured: Sequence[tuple[Composition, float]]) -> list[StepPoint
     ]
 
 
+def single_steps(measured: Sequence[tuple[Composition, float]]) -> list[StepPoint]:
+    """A point for each step."""
+    return [StepPoint(**asdict(kind), seconds=seconds, fastest_s=seconds) for kind, seconds in measured]
+
+
 def _probes(
     engine: LiveEngine, adapters: Sequence[LiveAdapter], effort: Effort
 ) -> Iterator[tuple[int, int, list[LiveAdapter | None]]]:
@@ -141,7 +149,7 @@ def serve_workload(
     engine: LiveEngine, adapters: Sequence[LiveAdapter], effort: Effort, seed: int, progress: Progress
 ) -> list[Served]:
     """Open-loop: requests of the Azure trace's lengths (scaled) for the adapters, at a part of the rate that the engine
-    can serve, sent when their time has come however late the engine is."""
+    can serve, sent when their time has come however late the engine is. Leaves its steps in ``engine.steps``."""
     limits = engine.config.model_config
     known = [Adapter(str(index), one.rank, one.size_bytes) for index, one in enumerate(adapters)]
     rate = _LOAD * _highest_rate(engine)
@@ -154,6 +162,7 @@ def serve_workload(
     )
     todo = generate(config, known, limits.max_model_len, seed)
     requests: list[Request] = []
+    engine.steps.clear()
     began_s = engine.now_s()
     while len(requests) < len(todo) or engine.llm.has_unfinished_requests():
         now_s = engine.now_s() - began_s
@@ -166,7 +175,6 @@ def serve_workload(
         else:
             engine.wait(todo[len(requests)].arrival_s - now_s)
         progress("workload", len(requests) / len(todo))
-    engine.steps.clear()
     return [
         Served(
             one.arrival_s,

@@ -57,7 +57,7 @@ def cost_model(name: str, measured: Measured) -> CostModel:
 
 def noise(points: Sequence[StepPoint]) -> float:
     """Median, over kinds of step, of how much the median time is above the fastest."""
-    return float(np.median([point.seconds / point.fastest_s - 1 for point in points]))
+    return float(np.median([point.seconds / point.fastest_s - 1 for point in points if point.count > 1]))
 
 
 def compare(costs: CostModel, measured: Measured) -> dict[str, Compared]:
