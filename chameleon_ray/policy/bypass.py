@@ -58,6 +58,8 @@ class Bypasses:
 
     def forget(self, entry: Entry) -> None:
         """``entry`` left its place (or began to run): bypasses by it and of it are over."""
+        if not self._bypassers:
+            return
         self._bypassers.pop(entry.request_id, None)
         entry.bypassed = None
         for other in [other for other in self._bypassers.values() if other.bypassed is entry]:

@@ -71,24 +71,23 @@ class QueueSet:
 
         What is still missing overdraws its own queue: a request that runs as the only one of it, or was held for.
         """
-        entry.queue.remove(entry)
+        queue, adapter = entry.queue, entry.request.adapter
+        queue.remove(entry)
         entry.place = Place.RUNNING
         entry.admitted_s = now_s
         self.running[entry.request_id] = entry
         self.num_moves += 1
-        if entry.request.adapter is not None:
-            self.adapter_users.setdefault(entry.request.adapter.digest, {})[entry.request_id] = entry
-        entry.queue.num_running += 1
+        if adapter is not None:
+            self.adapter_users.setdefault(adapter.digest, {})[entry.request_id] = entry
+        queue.num_running += 1
         self.used_tokens += entry.tokens
-        own = min(entry.queue.free_tokens, entry.tokens)
-        missing = entry.tokens - own
-        for lender in self.queues:
-            if missing and not lender and lender is not entry.queue:
-                lent = min(lender.free_tokens, missing)
-                missing -= lent
-                if lent:
+        own = min(queue.free_tokens, entry.tokens)
+        if missing := entry.tokens - own:
+            for lender in self.queues:
+                if not lender and lender is not queue and (lent := min(lender.free_tokens, missing)):
+                    missing -= lent
                     self._lend(entry, lender, lent)
-        self._lend(entry, entry.queue, own + missing)
+        self._lend(entry, queue, own + missing)
 
     def leave(self, entry: Entry) -> None:
         """A request leaves its place, wherever that is, and returns what it borrowed."""

@@ -33,9 +33,9 @@ from chameleon_ray.policy.queue_set import QueueSet
 from chameleon_ray.policy.size_queue import Entry, Place, SizeQueue
 from chameleon_ray.policy.sizing import QueuedRequest, adapter_tokens, queue_of, request_size
 
-_MAX_LOOKS = 32
+_MAX_LOOKS = 24
 """Requests of one queue that a step may look at in vain; bounds its cost."""
-_MAX_ASKED = 16
+_MAX_ASKED = 12
 """Loading adapters that a step asks about, those that have moved first, then in turn."""
 _MAX_PRIORITY = 10
 _BACKLOG_REFRESH_SHARE = 0.2
