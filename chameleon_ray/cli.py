@@ -36,6 +36,14 @@ def _parser() -> argparse.ArgumentParser:
     queues.add_argument("--api-key", metavar="KEY", help="if it asks for one (default: $OPENAI_API_KEY)")
     queues.add_argument("--watch", type=float, metavar="S", help="show them again every S seconds")
     queues.set_defaults(run=_queues)
+    words = commands.add_parser("vllm-args", help="arguments for `vllm serve`: adapters in KV memory without Ray")
+    words.add_argument(
+        "settings",
+        nargs="*",
+        metavar="NAME=VALUE",
+        help="such as memory_share=0.8 scheduler=fifo; an unknown one lists all",
+    )
+    words.set_defaults(run=_vllm_args)
     benches = commands.add_parser("bench", help="measure").add_subparsers(required=True, metavar="WHAT")
     local = benches.add_parser("local", help="start-up, memory, overhead and streaming of the local application")
     local.add_argument(
@@ -55,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     capacity.set_defaults(run=_bench_capacity)
     engine = benches.add_parser("engine", help="one engine: vLLM's slots, adapters in KV memory, base model")
     engine.add_argument(
-        "--dtype", default="auto", help="of weights, activations and KV cache: auto (vLLM's choice), float32, bfloat16"
+        "--dtype", default="float32", help="of weights, activations and KV cache (default: float32, the demo's own)"
     )
     engine.set_defaults(run=_bench_engine)
     calibrate = commands.add_parser("calibrate", help="measure an engine and write a cost model for the simulator")
@@ -165,6 +173,17 @@ def _queues(arguments: argparse.Namespace) -> int:
     from chameleon_ray.queues_view import run
 
     return run(arguments.url, arguments.api_key or os.environ.get("OPENAI_API_KEY"), arguments.watch)
+
+
+def _vllm_args(arguments: argparse.Namespace) -> int:
+    from chameleon_ray.engine.paged.options import paged_words, parse_settings
+
+    try:
+        print(" ".join(paged_words(parse_settings(arguments.settings))))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _bench_local(arguments: argparse.Namespace) -> int:

@@ -57,10 +57,10 @@ def run(
     threads: int | None = None,
     modes: Sequence[str] = MODES,
     repeats: int = 3,
-    dtype: str = "auto",
+    dtype: str = "float32",
 ) -> int:
     """Measure and print; exit status 0. threads: compute threads, default all cores. dtype: of weights, activations and
-    KV cache; vLLM's own choice for the demo is bfloat16."""
+    KV cache; ``auto`` is vLLM's choice: bfloat16, which is slow on a CPU without instructions for it."""
     threads = threads or os.cpu_count() or 1
     demo = make_demo(Path("demo"))
     with tempfile.TemporaryDirectory() as folder:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -19,7 +20,6 @@ import pytest
 from engine_harness import MIB, SETTINGS, Reference
 
 from chameleon_ray.demo import DemoPaths
-from chameleon_ray.engine.paged.options import paged_arguments
 
 STARTUP_DEADLINE_S = 300.0
 PROMPTS = ("Hello, my name is", "What is the capital of France?")
@@ -30,23 +30,24 @@ def server(demo: DemoPaths, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = paged_arguments(SETTINGS)
+    given = [f"{name}={json.dumps(value)}" for name, value in asdict(SETTINGS).items()]
     names = demo.adapter_names()[:13]
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(demo.model), "--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(port)),
         *("--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "32"),
         *("--kv-cache-memory-bytes", str(32 * MIB), "--tensor-parallel-size", "2", "--enable-lora"),
-        *("--scheduler-cls", options["scheduler_cls"], "--worker-cls", options["worker_cls"]),
-        *("--kv-transfer-config", json.dumps(options["kv_transfer_config"])),
-        *("--additional-config", json.dumps({"chameleon": asdict(SETTINGS)})),
         "--lora-modules",
         *(f"{name}={demo.adapters / name}" for name in names),
     ]
+    chameleon = shlex.join([str(Path(sys.executable).with_name("chameleon")), "vllm-args", *given])
+    line = f"exec {shlex.join(command)} $({chameleon})"
     environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     log = tmp_path_factory.mktemp("server") / "log"
     with log.open("w") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen(
+            ["sh", "-c", line], env=environment, stdout=output, stderr=output, start_new_session=True
+        )
     url = f"http://127.0.0.1:{port}"
     try:
         _wait_until_up(url, process, log)

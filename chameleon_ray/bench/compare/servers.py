@@ -1,7 +1,6 @@
 """vLLM's own OpenAI servers on loopback, one per engine to compare, in processes that end with this one's block."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -17,7 +16,7 @@ import httpx
 
 from chameleon_ray.bench.load.errors import LoadError
 from chameleon_ray.bench.load.targets import Target
-from chameleon_ray.engine.paged.options import PagedSettings, paged_arguments
+from chameleon_ray.engine.paged.options import PagedSettings, paged_words
 from chameleon_ray.redis_server import free_port, tied
 
 START_LIMIT_S = 600.0
@@ -84,16 +83,17 @@ def command(engine: Engine, machine: Machine, port: int) -> list[str]:
         "max_num_seqs": machine.max_running,
         "kv_cache_memory_bytes": machine.kv_bytes,
     }
+    more: list[str] = []
     if engine.settings is None:
         slots = min(STOCK_SLOTS, len(machine.adapters))
         options |= {"max_loras": slots, "max_lora_rank": machine.max_rank, "max_cpu_loras": len(machine.adapters)}
     else:
-        options |= paged_arguments(engine.settings)
+        more = paged_words(engine.settings)
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager", "--enable-lora"]
     words += ["--enable-per-request-metrics", "--disable-uvicorn-access-log"]
     for name, value in options.items():
-        words += [f"--{name.replace('_', '-')}", json.dumps(value) if isinstance(value, dict) else str(value)]
-    return [*words, "--lora-modules", *(f"{name}={path}" for name, path in machine.adapters.items())]
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    return [*words, *more, "--lora-modules", *(f"{name}={path}" for name, path in machine.adapters.items())]
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 Imports no vLLM: the arguments are plain values, for ``AsyncEngineArgs``, ``LLM(...)`` or the command line.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -173,3 +174,30 @@ def lift_slot_limits(vllm_config: "VllmConfig") -> None:
 
 def _name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def paged_words(settings: PagedSettings | None = None) -> list[str]:
+    """The same as words of vLLM's command line. None holds a blank, so that a shell may split them without quotes."""
+    words = []
+    for name, value in paged_arguments(settings).items():
+        text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+        words += [f"--{name.replace('_', '-')}", text]
+    return words
+
+
+def parse_settings(assignments: Sequence[str]) -> PagedSettings:
+    """Settings from ``name=value`` texts. Raises ValueError, which names what is wrong and what is known."""
+    known = {field.name for field in fields(PagedSettings)}
+    given: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or name not in known:
+            raise ValueError(f"{assignment!r} is not NAME=VALUE with one of the names {', '.join(sorted(known))}")
+        try:
+            given[name] = json.loads(text)
+        except json.JSONDecodeError:
+            given[name] = text
+    try:
+        return PagedSettings(**given)
+    except TypeError as error:
+        raise ValueError(f"{', '.join(assignments)}: {error}") from None
