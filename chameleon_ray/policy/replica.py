@@ -21,12 +21,14 @@ from chameleon_ray.policy.adapter import Adapter, Tier
 from chameleon_ray.policy.admission import Admission, Admitted, Obstacle, QueuesState
 from chameleon_ray.policy.cache import AdapterCache, CacheConfig, CacheStats, EvictReason, Plan, State
 from chameleon_ray.policy.disciplines import QueueOptions
-from chameleon_ray.policy.queues import QueueError, RequestQueues
+from chameleon_ray.policy.queues import _BACKLOG_REFRESH_SHARE, QueueError, RequestQueues
 from chameleon_ray.policy.routing import ReplicaLoad
 from chameleon_ray.policy.sizing import QueuedRequest
 
 IDLE_PLAN_INTERVAL_S = 0.05
 """How often to plan while nothing has happened: only prefetches and adapters expected soon are at stake."""
+_FEW_WAITING = 16
+"""So many requests are all looked at in each step; among more, a step may find what the one before had no time for."""
 _SMOOTHING = 0.1
 """Weight of the newest request in the running means of a replica's load: about the last 20 count."""
 
@@ -94,6 +96,8 @@ class ReplicaPolicy:
         self._blocked: str | None = None
         self._changed = False
         self._planned_at_s = float("-inf")
+        # Of the latest step: whether anybody was admitted, postponed or evicted, and whether all were offered in vain.
+        self._has_moved = self._in_vain = False
         self._service_s = self._ttft_s = 0.0
 
     # Adapters
@@ -190,6 +194,7 @@ class ReplicaPolicy:
     def begin_step(self, now_s: float) -> None:
         """Start a step; whatever step was under way is over."""
         self._needed.clear()
+        self._has_moved = self._in_vain = False
         self.queues.begin_step(now_s)
 
     def peek(self) -> QueuedRequest | None:
@@ -203,6 +208,7 @@ class ReplicaPolicy:
             if self.cache.state(request.adapter.digest) is State.RESIDENT:
                 return request
             self.queues.pass_over(request.request_id, Obstacle.LOADING)
+        self._in_vain = not self._has_moved
         return None
 
     def admit(self, request_id: str, now_s: float) -> Admitted:
@@ -216,12 +222,13 @@ class ReplicaPolicy:
             if not running:
                 self._pinned_blocks += self._num_blocks[adapter.digest]
             running.add(request_id)
-        self._changed = True
+        self._changed = self._has_moved = True
         return admitted
 
     def pass_over(self, request_id: str, obstacle: Obstacle) -> None:
         """The candidate cannot run in this step for the driver's reasons (NO_MEMORY, NOT_READY)."""
         self.queues.pass_over(request_id, obstacle)
+        self._has_moved |= obstacle is Obstacle.NOT_READY
 
     def end_step(self, now_s: float, reserved_blocks: int = 0) -> Plan:
         """What to do about adapters now, committed already: carry it out.
@@ -241,9 +248,19 @@ class ReplicaPolicy:
         return plan
 
     def quiet_until_s(self) -> float:
-        """Until when steps would decide nothing, provided that nothing happens before; in the past: they might."""
-        quiet = not self._changed and self._blocked is None and self.cache.settled and self.queues.settled
-        return self.queues.refresh_at_s if quiet else float("-inf")
+        """Until when steps would decide nothing, provided that nothing happens before; in the past: they might.
+
+        What happens is any call of this object's that changes something, and blocks that become free otherwise.
+        Nothing is decided while nobody waits, nor while those that wait were offered in vain: whoever has the adapter
+        waits for quota, a seat or KV memory, the others for loads under way, and all of these end with a call.
+        """
+        if self._changed or self._blocked is not None or not self.cache.settled:
+            return float("-inf")
+        if self.queues.settled:
+            return self.queues.refresh_at_s
+        if self._in_vain and self.num_running and 0 < self.num_waiting <= _FEW_WAITING:
+            return self.queues.refresh_at_s - self.config.queues.refresh_s * (1 - _BACKLOG_REFRESH_SHARE)
+        return float("-inf")
 
     def make_room(self, num_blocks: int, now_s: float, *, for_request: str = "", or_nothing: bool = False) -> Plan:
         """Evictions, committed, that give ``num_blocks`` to the KV cache, or as many as idle adapters hold.
@@ -354,6 +371,8 @@ class ReplicaPolicy:
 
     def _commit(self, plan: Plan, now_s: float) -> None:
         self.cache.commit(plan, now_s)
+        if plan:
+            self._has_moved, self._in_vain = True, False
         for digest in plan.load:
             self._held_blocks += self._num_blocks[digest]
             self._pinned_blocks += self._num_blocks[digest]

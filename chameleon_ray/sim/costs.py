@@ -149,20 +149,23 @@ class CostModel(_Part):
         """See ``StepCosts.seconds``."""
         return self.step.seconds(tokens, context_tokens, token_ranks, adapter_bytes, requests, attended_tokens)
 
-    def step_s_by_context(self, tokens: int, token_ranks: float, adapter_bytes: float) -> Callable[[int], float]:
-        """``step_s`` as a function of ``context_tokens`` alone, for many steps that only decode the same requests."""
+    def decode_steps_s(
+        self, num_steps: int, tokens: int, context_tokens: int, token_ranks: float, adapter_bytes: float
+    ) -> list[float]:
+        """``step_s`` of each of the steps that follow one over so much context and only decode the same requests."""
         step = self.step
         overhead_s = step.overhead_s + step.request_s * tokens
         weights_read_s, kv_read_s, attention_s = step.weights_read_s, step.kv_read_s, step.attention_s
         arithmetic_s = step.token_s * tokens
         lora_s = step.token_rank_s * token_ranks + step.adapter_read_s * adapter_bytes
-
-        def step_s(context_tokens: int) -> float:
-            reading_s = weights_read_s + kv_read_s * context_tokens
-            base_s = overhead_s + (reading_s if reading_s > arithmetic_s else arithmetic_s)
-            return base_s + attention_s * context_tokens + lora_s
-
-        return step_s
+        contexts = range(context_tokens + tokens, context_tokens + (num_steps + 1) * tokens, tokens)
+        return [
+            overhead_s
+            + (reading_s if (reading_s := weights_read_s + kv_read_s * context) > arithmetic_s else arithmetic_s)
+            + attention_s * context
+            + lora_s
+            for context in contexts
+        ]
 
     def adapter_blocks(self, size_bytes: int) -> int:
         """KV blocks that an adapter of so many bytes takes."""

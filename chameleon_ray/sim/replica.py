@@ -29,6 +29,9 @@ from chameleon_ray.sim.workload import SimRequest
 
 _PASS_INTERVAL_S = 0.05
 """How long decisions may rest while nothing has happened that could change them."""
+_MAX_SPAN_STEPS = 48
+"""Steps of one span; adding them up costs less than an event, but most spans are cut."""
+_NEVER = 1 << 62
 
 Outcome = Literal["finished", "refused", "lost", "aborted"]
 
@@ -58,7 +61,9 @@ class Job:
     """A request at a replica, and what became of it. Times are None until they happen.
 
     generated: tokens given so far. prefill_tokens, prefill_left: tokens to compute before the next one (after a
-    preemption, those given so far as well). end_step, grow_step: numbers of steps. admission: its place among all.
+    preemption, those given so far as well). end_step: number of its last step. kv_blocks: those that it had before step
+    ``grow_step``, in which, as in every ``block_tokens``-th one from there on, it takes one more.
+    admission: its place among all.
     """
 
     request: SimRequest
@@ -74,7 +79,7 @@ class Job:
     kv_blocks: int = 0
     first_decode_step: int = 0
     end_step: int = 0
-    grow_step: int = 0
+    grow_step: int = _NEVER
     num_preemptions: int = 0
     admission: int = 0
 
@@ -125,7 +130,15 @@ class SimReplica:
         self._batch_adapters: dict[str, int] = {}
         self._batch_adapter_bytes = 0
         self._ends_at: defaultdict[int, list[Job]] = defaultdict(list)
-        self._grows_at: defaultdict[int, list[Job]] = defaultdict(list)
+        self._block_tokens = costs.memory.block_tokens
+        self._pool_blocks = costs.memory.pool_blocks
+        self._watermark = int(costs.memory.pool_blocks * costs.limits.watermark_share)
+        self._growing: list[dict[str, Job]] = [{} for _ in range(self._block_tokens)]
+        """Decoding requests by the remainder of the steps in which they take a block."""
+        self._joins_at: defaultdict[int, list[tuple[Job, int, int]]] = defaultdict(list)
+        """Step -> (request, its admission, first step in which it takes a block) of those not yet in ``_growing``."""
+        self._grown_step = 0
+        """The step up to which requests that decode have taken their blocks."""
         self._stepping = self._dirty = self._prefills_only = False
         self._decodes_left = 0
         self._step_ends_s: list[float] = []
@@ -141,13 +154,13 @@ class SimReplica:
 
     def free_blocks(self) -> int:
         """Blocks that nobody holds."""
-        return self.costs.memory.pool_blocks - self._kv_blocks - self._held_blocks
+        return self._pool_blocks - self._kv_blocks - self._held_blocks
 
     def kv_blocks(self, request_id: str) -> int:
         """Blocks of a running request's KV cache; as in the engine, those that it has computed."""
         job = self.batch[request_id]
         if self.mode.reserve_outputs:
-            return job.kv_blocks
+            return self._blocks_of(job)
         if request_id in self._prefilling:
             return self._blocks(job.prefill_tokens - job.prefill_left)
         return self._blocks(job.prefill_tokens + self.num_steps + 1 - job.first_decode_step)
@@ -206,7 +219,7 @@ class SimReplica:
         """AssertionError unless blocks, requests and the policy's view of them add up."""
         self.policy.check()
         self._check_blocks()
-        assert sum(job.kv_blocks for job in self.batch.values()) == self._kv_blocks, "KV blocks are lost"
+        assert sum(map(self._blocks_of, self.batch.values())) == self._kv_blocks, "KV blocks are lost"
         assert sum(self._adapter_blocks.values()) == self._held_blocks, "adapters' blocks are lost"
         assert self.policy.num_running == len(self.batch)
         assert self.policy.num_running + self.policy.num_waiting == len(self.jobs), "a request is lost"
@@ -242,7 +255,10 @@ class SimReplica:
         events: list[Event] = []
         resting: tuple[str, ...] | None = None
         if (self._dirty or now_s >= self._next_pass_s) and (self._decodes_left <= 0 or not self.batch):
-            resting = self._begin_decisions(now_s)
+            if self._dirty or self.mode.check_every or now_s >= self.policy.quiet_until_s():
+                resting = self._begin_decisions(now_s)
+            else:
+                self._next_pass_s = now_s + _PASS_INTERVAL_S
         num_preempted = self._go_on(now_s, events)
         if resting is not None:
             self._decide(now_s, events, resting, may_admit=not num_preempted)
@@ -283,14 +299,13 @@ class SimReplica:
 
         Returns how many were preempted for it.
         """
-        number = self.num_steps + 1
-        apart = self.mode.separate_prefill
-        growing = [] if apart and self._prefilling else self._grows_at.pop(number, ())
-        growing = [job for job in growing if job.grow_step == number]
         num_preempted = 0
-        for job in sorted(growing, key=_admission):
-            num_preempted += self._grow(job, 1, now_s, events) if job.grow_step == number else 0
+        apart = self.mode.separate_prefill
+        if not (apart and self._prefilling):
+            num_preempted = self._grow_decoding(now_s, events)
         self._chunks = []
+        if not self._prefilling:
+            return num_preempted
         budget = self.costs.limits.max_step_tokens - (0 if apart else self._num_decoding)
         for job in list(self._prefilling.values()):
             chunk = min(budget, job.prefill_left)
@@ -303,31 +318,64 @@ class SimReplica:
                 budget -= chunk
         return num_preempted
 
+    def _grow_decoding(self, now_s: float, events: list[Event]) -> int:
+        """The blocks that requests which decode take in the next step; how many were preempted for it."""
+        number = self.num_steps + 1
+        num_preempted = 0
+        if self._grown_step < number:
+            growing = self._growing[number % self._block_tokens]
+            if len(growing) <= self.free_blocks():
+                self._kv_blocks += len(growing)
+            else:
+                for job in sorted(growing.values(), key=_admission):
+                    num_preempted += self._grow(job, 1, now_s, events)
+            self._grown_step = number
+        if number in self._joins_at:
+            joining = [
+                (job, grow_step) for job, admission, grow_step in self._joins_at.pop(number) if job.admission == admission
+            ]
+            for job, grow_step in sorted(joining, key=lambda item: item[0].admission):
+                if job.request.request_id not in self.batch:
+                    continue
+                if grow_step <= self._grown_step:  # others took theirs before prompts were computed apart
+                    num_preempted += self._grow(job, 1, now_s, events)
+                    grow_step += self._block_tokens
+                if job.request.request_id in self.batch:
+                    self._join_growing(job, grow_step)
+        return num_preempted
+
     def _extend_span(self) -> None:
         """Add the steps that follow the first one until something may have to be decided."""
         if self._dirty or self.mode.check_every:
             return
         quiet_until_s = self.policy.quiet_until_s()
-        num_tokens, context = self._num_decoding, self._decode_context
-        step_s = self.costs.step_s_by_context(num_tokens, self._decode_ranks, self._batch_adapter_bytes)
-        grows_at, ends_at, next_pass_s = self._grows_at, self._ends_at, self._next_pass_s
-        free_blocks, number, end_s = self.free_blocks(), self.num_steps + 1, self._step_ends_s[0]
-        # In so many steps no request grows twice: those that grow in them are known.
-        for following in range(number + 1, number + self.costs.memory.block_tokens):
+        num_steps = self._num_undisturbed()
+        if not num_steps:
+            return
+        durations_s = self.costs.decode_steps_s(
+            num_steps, self._num_decoding, self._decode_context, self._decode_ranks, self._batch_adapter_bytes
+        )
+        next_pass_s, ends_s = self._next_pass_s, self._step_ends_s
+        end_s = ends_s[0]
+        for duration_s in durations_s:
             if end_s >= next_pass_s:
                 if end_s >= quiet_until_s:
                     break
                 next_pass_s = end_s + _PASS_INTERVAL_S
-            if following in grows_at:
-                free_blocks -= len(grows_at[following])
-            if following - 1 in ends_at or free_blocks < 0:
-                break
-            context += num_tokens
-            duration_s = step_s(context)
             end_s += duration_s
-            self._step_durations_s.append(duration_s)
-            self._step_ends_s.append(end_s)
+            ends_s.append(end_s)
+        self._step_durations_s += durations_s
         self._next_pass_s = next_pass_s
+
+    def _num_undisturbed(self) -> int:
+        """Steps that may follow the next one before a request ends or memory runs out."""
+        ends_at, joins_at, growing, block_tokens = self._ends_at, self._joins_at, self._growing, self._block_tokens
+        free_blocks, number = self.free_blocks(), self.num_steps + 1
+        for following in range(number + 1, number + _MAX_SPAN_STEPS):
+            free_blocks -= len(growing[following % block_tokens])
+            if following - 1 in ends_at or free_blocks < 0 or following in joins_at:
+                return following - number - 1
+        return _MAX_SPAN_STEPS - 1
 
     def _end_steps(self, now_s: float) -> Iterable[Event]:
         if not self.alive or not self._stepping or now_s != self._step_ends_s[-1]:
@@ -341,15 +389,15 @@ class SimReplica:
         return self._end_prompts(now_s)
 
     def _end_decoding(self, now_s: float) -> None:
-        for place, duration_s in enumerate(self._step_durations_s[: len(self._step_ends_s)]):
-            self._decodes_left -= 1
-            self.num_steps += 1
+        num_steps = len(self._step_ends_s)
+        for duration_s in self._step_durations_s[:num_steps]:
             self.busy_s += duration_s
-            self._decode_context += self._num_decoding
-            if place:
-                for job in self._grows_at.pop(self.num_steps, ()):
-                    if job.grow_step == self.num_steps:
-                        self._take_blocks(job, 1)
+        self._decodes_left -= num_steps
+        self._decode_context += num_steps * self._num_decoding
+        first, self.num_steps = self.num_steps + 1, self.num_steps + num_steps
+        for number in range(first + 1, self.num_steps + 1):
+            self._kv_blocks += len(self._growing[number % self._block_tokens])
+        self._grown_step = self.num_steps
         for job in sorted(self._ends_at.pop(self.num_steps, ()), key=_admission):
             if job.end_step == self.num_steps:
                 self._finish(job, now_s)
@@ -396,7 +444,6 @@ class SimReplica:
         policy, limits = self.policy, self.costs.limits
         budget = limits.max_step_tokens - sum(chunk for _, chunk in self._chunks)
         budget -= 0 if self.mode.separate_prefill else self._num_decoding
-        watermark = int(self.costs.memory.pool_blocks * limits.watermark_share)
         while may_admit and (request := policy.peek()) is not None:
             request_id = request.request_id
             if request_id in resting:
@@ -405,7 +452,7 @@ class SimReplica:
             job = self.jobs[request_id]
             num_tokens = job.request.num_prompt_tokens + job.generated
             num_blocks = self._blocks_to_start(job, num_tokens)
-            short = num_blocks + (watermark if self.batch else 0) - self.free_blocks()
+            short = num_blocks + (self._watermark if self.batch else 0) - self.free_blocks()
             if short > 0:
                 plan = policy.make_room(short, now_s, for_request=request_id, or_nothing=True)
                 self._carry_out(plan, now_s, events)
@@ -463,9 +510,16 @@ class SimReplica:
         self._plan_growth(job)
 
     def _plan_growth(self, job: Job) -> None:
-        job.grow_step = job.first_decode_step + job.kv_blocks * self.costs.memory.block_tokens - job.prefill_tokens
-        if job.grow_step <= job.end_step:
-            self._grows_at[job.grow_step].append(job)
+        grow_step = job.first_decode_step + job.kv_blocks * self._block_tokens - job.prefill_tokens
+        join_step = max(job.first_decode_step, grow_step - self._block_tokens + 1)
+        if join_step == job.first_decode_step and grow_step > self._grown_step:
+            self._join_growing(job, grow_step)
+        elif join_step <= job.end_step:
+            self._joins_at[join_step].append((job, job.admission, grow_step))
+
+    def _join_growing(self, job: Job, grow_step: int) -> None:
+        job.grow_step = grow_step
+        self._growing[grow_step % self._block_tokens][job.request.request_id] = job
 
     def _grow(self, job: Job, num_blocks: int, now_s: float, events: list[Event]) -> int:
         """More KV blocks, from idle adapters or from whoever was admitted last if need be; how many were preempted."""
@@ -484,11 +538,8 @@ class SimReplica:
     def _take_blocks(self, job: Job, num_blocks: int) -> None:
         job.kv_blocks += num_blocks
         self._kv_blocks += num_blocks
-        if job.request.request_id in self._prefilling:
-            return
-        job.grow_step += num_blocks * self.costs.memory.block_tokens
-        if job.grow_step <= job.end_step:
-            self._grows_at[job.grow_step].append(job)
+        if job.grow_step != _NEVER:
+            job.grow_step += num_blocks * self._block_tokens
 
     def _preempt(self, job: Job, now_s: float, squashed: bool = False) -> None:
         if job.request.request_id not in self._prefilling:
@@ -516,8 +567,10 @@ class SimReplica:
             self._num_decoding -= 1
             self._decode_context -= job.prefill_tokens + self.num_steps + 2 - job.first_decode_step
             self._decode_ranks -= job.rank
-        self._kv_blocks -= job.kv_blocks
-        job.kv_blocks = job.grow_step = job.end_step = 0
+        self._kv_blocks -= self._blocks_of(job)
+        if job.grow_step != _NEVER:
+            del self._growing[job.grow_step % self._block_tokens][request_id]
+        job.kv_blocks, job.grow_step, job.end_step = 0, _NEVER, 0
         if (adapter := job.request.adapter) is not None:
             self._batch_adapters[adapter.digest] -= 1
             if not self._batch_adapters[adapter.digest]:
@@ -574,7 +627,10 @@ class SimReplica:
     # Sizes
 
     def _blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.costs.memory.block_tokens)
+        return -(-num_tokens // self._block_tokens)
+
+    def _blocks_of(self, job: Job) -> int:
+        return job.kv_blocks + max(0, (self._grown_step - job.grow_step) // self._block_tokens + 1)
 
     def _blocks_to_start(self, job: Job, num_tokens: int) -> int:
         if self.mode.reserve_outputs:
