@@ -3,7 +3,7 @@
 The rules, in order:
 
 1. A replica's expected TTFT is prefill + queueing delay + loading the adapter from the tier the replica holds it at +
-   the cost of evicting something for it, if it has to load and has no room (`_Cluster.queueing_s`, `_load_times_s`).
+   the cost of evicting something for it, if it has to load and has no room (`_Cluster.queueing_times_s`, `_load_times_s`).
 2. Every adapter has an order of preference over the replicas: higher tier first, then rendezvous order
    (`rendezvous_weight`). Its first place is stable, so requests for an adapter meet at one replica.
 3. The first choice is the most preferred replica among those that are nearly as good as the best: within the share
@@ -67,6 +67,10 @@ class ReplicaLoad:
     eviction_cost_s: float = 0.0
 
     def __post_init__(self) -> None:
+        # Every replica of a simulated cluster reports every second: look at the names only when something is wrong.
+        values = (self.num_running, self.num_waiting, self.service_s, self.ttft_s, self.eviction_cost_s)
+        if min(values) >= 0 and self.max_running >= 1 and math.isfinite(sum(values) + self.max_running):
+            return
         for field in fields(self):
             lowest = 1 if field.name == "max_running" else 0
             value = getattr(self, field.name)
@@ -136,12 +140,17 @@ class Decision:
 
 
 def rank_replicas(
-    adapter: Adapter | None, replicas: Sequence[ReplicaView], costs: LoadCosts, request_key: str = ""
+    adapter: Adapter | None,
+    replicas: Sequence[ReplicaView],
+    costs: LoadCosts,
+    request_key: str = "",
+    num_ranked: int = NUM_RANKED,
 ) -> Decision:
     """The replicas for one request, best first, by the rules at the top of this file.
 
     adapter: what the request needs; None for the base model, which goes to the least expected TTFT.
     request_key: anything that differs between requests; rotates base-model requests over equally good replicas.
+    num_ranked: how many replicas the decision names; the fewer, the less there is to put in order.
 
     The order of ``replicas`` does not matter. Raises ValueError when there is none.
     """
@@ -149,33 +158,31 @@ def rank_replicas(
         raise ValueError("no replica to choose from: wait for one to come up before routing")
     cluster = _Cluster.of(replicas)
     if adapter is None:
-        return _rank_for_base(replicas, cluster, request_key)
+        return _rank_for_base(replicas, cluster, request_key, num_ranked)
     # Without any hint a load costs the same everywhere: counting it would only blunt the balance by load.
     load_times_s = _load_times_s(adapter, costs) if cluster.has_hints else (0.0,) * len(Tier)
-    expected_s = {}
-    for view in replicas:
+    expected: list[_Expected] = []
+    for view, ttft_s in zip(replicas, cluster.queueing_times_s(replicas), strict=True):
         tier = view.tier
-        ttft_s = cluster.queueing_s(view) + load_times_s[tier]
-        if view.load is not None and tier != Tier.GPU:
+        ttft_s += load_times_s[tier]
+        if view.load is not None and tier is not Tier.GPU:
             ttft_s += view.load.eviction_cost_s
-        expected_s[view.replica_id] = cluster.ttft_s + ttft_s
+        expected.append((cluster.ttft_s + ttft_s, view))
 
-    best_s = min(expected_s.values())
+    best_s = min([ttft_s for ttft_s, _ in expected])
     bound_s = max(best_s * (1 + costs.hysteresis), best_s + MIN_GAIN_S)
-    good: list[ReplicaView] = []
-    worse: list[ReplicaView] = []
-    for view in replicas:
-        (good if expected_s[view.replica_id] <= bound_s else worse).append(view)
+    good = [view for ttft_s, view in expected if ttft_s <= bound_s]
+    worse = [item for item in expected if item[0] > bound_s]
     preference = _preference(adapter)
-    ranked = _most_preferred(NUM_RANKED, good, preference)
+    ranked = _most_preferred(num_ranked, good, preference)
     first = ranked[0]
-    if len(ranked) < NUM_RANKED:
-        ranked += _soonest(NUM_RANKED - len(ranked), worse, expected_s, adapter.digest)
+    if len(ranked) < num_ranked:
+        ranked += _soonest(num_ranked - len(ranked), worse, adapter.digest)
     return Decision(
-        replica_ids=tuple(view.replica_id for view in ranked),
-        reason=_reason(first, worse, preference) if cluster.has_hints else "no_hint",
+        replica_ids=tuple([view.replica_id for view in ranked]),
+        reason=_reason(first, [view for _, view in worse], preference) if cluster.has_hints else "no_hint",
         tier=first.tier,
-        expected_ttft_s=expected_s[first.replica_id],
+        expected_ttft_s=next(ttft_s for ttft_s, view in expected if view is first),
     )
 
 
@@ -187,6 +194,10 @@ def rendezvous_weight(key: str, replica_id: str) -> int:
     """
     digest = hashlib.blake2b(f"{key}\0{replica_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")
+
+
+_Expected = tuple[float, ReplicaView]
+"""A replica with the TTFT expected of it, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,28 +223,32 @@ class _Cluster:
             max_running=_mean([load.max_running for load in loads], UNKNOWN_MAX_RUNNING),
         )
 
-    def queueing_s(self, view: ReplicaView) -> float:
-        """The delay from other requests at a replica; grows with each of them.
+    def queueing_times_s(self, replicas: Iterable[ReplicaView]) -> list[float]:
+        """The delay from other requests at each replica; grows with each of them.
 
         n: requests there, as last reported, and those that this router has sent since. m: requests that run at once.
         Up to m, requests share the steps that do the prefill: delay = ttft * n / m. Beyond, a request waits until
         n - m + 1 others have ended, of which m end per service time: another service * (n - m + 1) / m. An engine can
         be full before m requests run (out of KV blocks): those it reports as waiting count as that excess at least.
         """
-        load = view.load
-        if load is None:
-            num_requests, num_waiting = view.in_flight, 0
-            max_running, service_s = self.max_running, self.service_s
-        else:
-            sent_since = view.in_flight - view.report_in_flight
-            num_waiting = load.num_waiting
-            num_requests = load.num_running + num_waiting + (sent_since if sent_since > 0 else 0)
-            max_running, service_s = load.max_running, load.service_s or self.service_s
-        delay_s = self.ttft_s * num_requests / max_running if num_requests < max_running else self.ttft_s
-        num_excess = num_requests - max_running + 1
-        if num_excess < num_waiting:
-            num_excess = num_waiting
-        return delay_s + service_s * num_excess / max_running if num_excess > 0 else delay_s
+        ttft_s, mean_service_s, mean_running = self.ttft_s, self.service_s, self.max_running
+        times_s = []
+        for view in replicas:
+            load = view.load
+            if load is None:
+                num_requests, num_waiting = view.in_flight, 0
+                max_running, service_s = mean_running, mean_service_s
+            else:
+                sent_since = view.in_flight - view.report_in_flight
+                num_waiting = load.num_waiting
+                num_requests = load.num_running + num_waiting + (sent_since if sent_since > 0 else 0)
+                max_running, service_s = load.max_running, load.service_s or mean_service_s
+            delay_s = ttft_s * num_requests / max_running if num_requests < max_running else ttft_s
+            num_excess = num_requests - max_running + 1
+            if num_excess < num_waiting:
+                num_excess = num_waiting
+            times_s.append(delay_s + service_s * num_excess / max_running if num_excess > 0 else delay_s)
+        return times_s
 
 
 def _mean(values: Sequence[float], otherwise: float) -> float:
@@ -262,28 +277,33 @@ def _most_preferred(
         by_tier[view.tier].append(view)
     ranked: list[ReplicaView] = []
     for views in reversed(by_tier):
-        if views and len(ranked) < count:
+        if len(views) == 1 and len(ranked) < count:
+            ranked += views
+        elif views and len(ranked) < count:
             ranked += heapq.nsmallest(count - len(ranked), views, key=preference)
     return ranked
 
 
-def _soonest(
-    count: int, replicas: Iterable[ReplicaView], expected_s: dict[str, float], tie_key: str
-) -> list[ReplicaView]:
-    def order(view: ReplicaView) -> tuple[float, int, str]:
-        return expected_s[view.replica_id], -rendezvous_weight(tie_key, view.replica_id), view.replica_id
+def _soonest(count: int, expected: Iterable[_Expected], tie_key: str) -> list[ReplicaView]:
+    def order(item: _Expected) -> tuple[float, int, str]:
+        return item[0], -rendezvous_weight(tie_key, item[1].replica_id), item[1].replica_id
 
-    return heapq.nsmallest(count, replicas, key=order)
+    return [view for _, view in heapq.nsmallest(count, expected, key=order)]
 
 
-def _rank_for_base(replicas: Sequence[ReplicaView], cluster: _Cluster, request_key: str) -> Decision:
-    expected_s = {view.replica_id: cluster.ttft_s + cluster.queueing_s(view) for view in replicas}
-    ranked = _soonest(NUM_RANKED, replicas, expected_s, request_key)
+def _rank_for_base(
+    replicas: Sequence[ReplicaView], cluster: _Cluster, request_key: str, num_ranked: int
+) -> Decision:
+    expected = [
+        (cluster.ttft_s + delay_s, view)
+        for delay_s, view in zip(cluster.queueing_times_s(replicas), replicas, strict=True)
+    ]
+    ranked = _soonest(num_ranked, expected, request_key)
     return Decision(
-        replica_ids=tuple(view.replica_id for view in ranked),
+        replica_ids=tuple([view.replica_id for view in ranked]),
         reason="base",
         tier=Tier.GPU,
-        expected_ttft_s=expected_s[ranked[0].replica_id],
+        expected_ttft_s=min([ttft_s for ttft_s, _ in expected]),
     )
 
 

@@ -91,11 +91,13 @@ class ReplicaTable:
         views = self._views
         if len(views) <= EXACT_UP_TO:
             return [_at(view, holders.get(replica_id)) for replica_id, view in views.items()]
-        chosen = {busyness[3]: None for busyness in self._by_busyness[:NUM_LISTED]}
+        chosen = [busyness[3] for busyness in self._by_busyness[:NUM_LISTED]]
         if adapter is not None:
-            chosen.update(dict.fromkeys(replica_id for _, replica_id in self._homes(adapter.digest)))
-            chosen.update(dict.fromkeys(self._least_busy(holders)))
-        return [_at(views[replica_id], holders.get(replica_id)) for replica_id in chosen]
+            chosen += [replica_id for _, replica_id in self._homes(adapter.digest)]
+            chosen += self._least_busy(holders)
+        if not holders:
+            return [views[replica_id] for replica_id in dict.fromkeys(chosen)]
+        return [_at(views[replica_id], holders.get(replica_id)) for replica_id in dict.fromkeys(chosen)]
 
     def home(self, key: str) -> str:
         """The first replica in a key's rendezvous order. There must be one."""
@@ -144,7 +146,7 @@ class ReplicaTable:
         return order.homes
 
     def _ranked(self, key: str) -> list[tuple[int, str]]:
-        return nlargest(NUM_LISTED, ((rendezvous_weight(key, name), name) for name in self._views))[::-1]
+        return nlargest(NUM_LISTED, [(rendezvous_weight(key, name), name) for name in self._views])[::-1]
 
     def _note_change(self, replica_id: str, joined: bool) -> None:
         self._changes.append((replica_id, joined))

@@ -131,7 +131,7 @@ class Affinity(Router):
     def choose(self, request: SimRequest) -> int:
         holders = self.hints.holders[request.adapter.digest] if request.adapter is not None else {}
         views = self.hints.table.candidates(request.adapter, holders)
-        decision = rank_replicas(request.adapter, views, self._costs, request.request_id)
+        decision = rank_replicas(request.adapter, views, self._costs, request.request_id, num_ranked=1)
         return index_of(decision.replica_ids[0])
 
 
