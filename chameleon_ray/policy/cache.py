@@ -68,6 +68,7 @@ class AdapterCache:
         self._arrivals = ArrivalHistogram()
         self._by_row: dict[int, Entry] = {}
         scorer = POLICIES[config.policy].scorer(config.weights)
+        self._keeps_idle = POLICIES[config.policy].keeps_idle
         self._planner = Planner(config, scorer, self._residency, self._history, self._arrivals, self._by_row)
         self._version = 0
         self._prefetch_from_s = float("-inf")
@@ -149,7 +150,7 @@ class AdapterCache:
         """Whether plans for needed adapters that are resident or on their way are empty until something changes."""
         residency = self._residency
         waiting = residency.to_load.order or residency.to_fetch.order
-        unused = residency.idle and not POLICIES[self.config.policy].keeps_idle
+        unused = residency.idle and not self._keeps_idle
         return not (waiting or unused or residency.retired or self.config.histogram_prefetch)
 
     def plan(self, needed: Iterable[str], free_blocks: int, now_s: float) -> Plan:

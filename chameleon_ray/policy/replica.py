@@ -391,7 +391,8 @@ class ReplicaPolicy:
             if was_running:
                 self._unpin(adapter.digest, request_id)
             self._forget_unknown(adapter.digest)
-        self._changed = True
+        # A replica on which nobody waits has nothing to decide when a request ends.
+        self._changed |= self._blocked is not None or not (self.cache.settled and self.queues.settled)
 
     def _unpin(self, digest: str, request_id: str) -> None:
         running = self._running[digest]

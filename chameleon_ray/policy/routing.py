@@ -3,7 +3,7 @@
 The rules, in order:
 
 1. A replica's expected TTFT is prefill + queueing delay + loading the adapter from the tier the replica holds it at +
-   the cost of evicting something for it, if it has to load and has no room (`_Cluster.queueing_times_s`, `_load_times_s`).
+   the cost of evicting something for it, if it has to load and has no room (`_Cluster.expected_s`, `_load_times_s`).
 2. Every adapter has an order of preference over the replicas: higher tier first, then rendezvous order
    (`rendezvous_weight`). Its first place is stable, so requests for an adapter meet at one replica.
 3. The first choice is the most preferred replica among those that are nearly as good as the best: within the share
@@ -161,18 +161,11 @@ def rank_replicas(
         return _rank_for_base(replicas, cluster, request_key, num_ranked)
     # Without any hint a load costs the same everywhere: counting it would only blunt the balance by load.
     load_times_s = _load_times_s(adapter, costs) if cluster.has_hints else (0.0,) * len(Tier)
-    expected: list[_Expected] = []
-    for view, ttft_s in zip(replicas, cluster.queueing_times_s(replicas), strict=True):
-        tier = view.tier
-        ttft_s += load_times_s[tier]
-        if view.load is not None and tier is not Tier.GPU:
-            ttft_s += view.load.eviction_cost_s
-        expected.append((cluster.ttft_s + ttft_s, view))
-
-    best_s = min([ttft_s for ttft_s, _ in expected])
+    expected_s = cluster.expected_s(replicas, load_times_s)
+    best_s = min(expected_s)
     bound_s = max(best_s * (1 + costs.hysteresis), best_s + MIN_GAIN_S)
-    good = [view for ttft_s, view in expected if ttft_s <= bound_s]
-    worse = [item for item in expected if item[0] > bound_s]
+    good = [view for view, ttft_s in zip(replicas, expected_s, strict=True) if ttft_s <= bound_s]
+    worse = [item for item in zip(expected_s, replicas, strict=True) if item[0] > bound_s]
     preference = _preference(adapter)
     ranked = _most_preferred(num_ranked, good, preference)
     first = ranked[0]
@@ -182,7 +175,7 @@ def rank_replicas(
         replica_ids=tuple([view.replica_id for view in ranked]),
         reason=_reason(first, [view for _, view in worse], preference) if cluster.has_hints else "no_hint",
         tier=first.tier,
-        expected_ttft_s=next(ttft_s for ttft_s, view in expected if view is first),
+        expected_ttft_s=next(ttft_s for ttft_s, view in zip(expected_s, replicas, strict=True) if view is first),
     )
 
 
@@ -223,8 +216,9 @@ class _Cluster:
             max_running=_mean([load.max_running for load in loads], UNKNOWN_MAX_RUNNING),
         )
 
-    def queueing_times_s(self, replicas: Iterable[ReplicaView]) -> list[float]:
-        """The delay from other requests at each replica; grows with each of them.
+    def expected_s(self, replicas: Iterable[ReplicaView], load_times_s: Sequence[float] = ()) -> list[float]:
+        """The expected TTFT of each replica: the delay from other requests there, which grows with each of them, and,
+        with ``load_times_s`` by tier, the adapter's load and what is evicted for it.
 
         n: requests there, as last reported, and those that this router has sent since. m: requests that run at once.
         Up to m, requests share the steps that do the prefill: delay = ttft * n / m. Beyond, a request waits until
@@ -232,23 +226,29 @@ class _Cluster:
         be full before m requests run (out of KV blocks): those it reports as waiting count as that excess at least.
         """
         ttft_s, mean_service_s, mean_running = self.ttft_s, self.service_s, self.max_running
-        times_s = []
+        expected_s = []
         for view in replicas:
             load = view.load
             if load is None:
                 num_requests, num_waiting = view.in_flight, 0
                 max_running, service_s = mean_running, mean_service_s
             else:
-                sent_since = view.in_flight - view.report_in_flight
-                num_waiting = load.num_waiting
-                num_requests = load.num_running + num_waiting + (sent_since if sent_since > 0 else 0)
+                num_requests = load.num_running + (num_waiting := load.num_waiting)
+                if (sent_since := view.in_flight - view.report_in_flight) > 0:
+                    num_requests += sent_since
                 max_running, service_s = load.max_running, load.service_s or mean_service_s
             delay_s = ttft_s * num_requests / max_running if num_requests < max_running else ttft_s
             num_excess = num_requests - max_running + 1
             if num_excess < num_waiting:
                 num_excess = num_waiting
-            times_s.append(delay_s + service_s * num_excess / max_running if num_excess > 0 else delay_s)
-        return times_s
+            if num_excess > 0:
+                delay_s += service_s * num_excess / max_running
+            if load_times_s:
+                delay_s += load_times_s[view.tier]
+                if load is not None and view.tier is not Tier.GPU:
+                    delay_s += load.eviction_cost_s
+            expected_s.append(ttft_s + delay_s)
+        return expected_s
 
 
 def _mean(values: Sequence[float], otherwise: float) -> float:
@@ -272,14 +272,15 @@ def _most_preferred(
     count: int, replicas: Iterable[ReplicaView], preference: Callable[[ReplicaView], tuple[int, int, str]]
 ) -> list[ReplicaView]:
     """As sorting by ``preference`` would have it; without the weights of tiers that are not reached."""
-    by_tier: list[list[ReplicaView]] = [[] for _ in Tier]
+    by_tier: dict[Tier, list[ReplicaView]] = {}
     for view in replicas:
-        by_tier[view.tier].append(view)
+        by_tier.setdefault(view.tier, []).append(view)
     ranked: list[ReplicaView] = []
-    for views in reversed(by_tier):
+    for tier in sorted(by_tier, reverse=True):
+        views = by_tier[tier]
         if len(views) == 1 and len(ranked) < count:
             ranked += views
-        elif views and len(ranked) < count:
+        elif len(ranked) < count:
             ranked += heapq.nsmallest(count - len(ranked), views, key=preference)
     return ranked
 
@@ -294,10 +295,7 @@ def _soonest(count: int, expected: Iterable[_Expected], tie_key: str) -> list[Re
 def _rank_for_base(
     replicas: Sequence[ReplicaView], cluster: _Cluster, request_key: str, num_ranked: int
 ) -> Decision:
-    expected = [
-        (cluster.ttft_s + delay_s, view)
-        for delay_s, view in zip(cluster.queueing_times_s(replicas), replicas, strict=True)
-    ]
+    expected = list(zip(cluster.expected_s(replicas), replicas, strict=True))
     ranked = _soonest(num_ranked, expected, request_key)
     return Decision(
         replica_ids=tuple([view.replica_id for view in ranked]),

@@ -255,10 +255,10 @@ class SimReplica:
         events: list[Event] = []
         resting: tuple[str, ...] | None = None
         if (self._dirty or now_s >= self._next_pass_s) and (self._decodes_left <= 0 or not self.batch):
-            if self._dirty or self.mode.check_every or now_s >= self.policy.quiet_until_s():
+            self._dirty = False
+            self._next_pass_s = now_s + _PASS_INTERVAL_S
+            if self.mode.check_every or now_s >= self.policy.quiet_until_s():
                 resting = self._begin_decisions(now_s)
-            else:
-                self._next_pass_s = now_s + _PASS_INTERVAL_S
         num_preempted = self._go_on(now_s, events)
         if resting is not None:
             self._decide(now_s, events, resting, may_admit=not num_preempted)
@@ -369,13 +369,17 @@ class SimReplica:
 
     def _num_undisturbed(self) -> int:
         """Steps that may follow the next one before a request ends or memory runs out."""
-        ends_at, joins_at, growing, block_tokens = self._ends_at, self._joins_at, self._growing, self._block_tokens
-        free_blocks, number = self.free_blocks(), self.num_steps + 1
-        for following in range(number + 1, number + _MAX_SPAN_STEPS):
-            free_blocks -= len(growing[following % block_tokens])
-            if following - 1 in ends_at or free_blocks < 0 or following in joins_at:
-                return following - number - 1
-        return _MAX_SPAN_STEPS - 1
+        number, block_tokens = self.num_steps + 1, self._block_tokens
+        num_steps = min(_MAX_SPAN_STEPS - 1, min(self._ends_at) - number)
+        if self._joins_at:
+            num_steps = min(num_steps, min(self._joins_at) - number - 1)
+        free_blocks = self.free_blocks()
+        if free_blocks < self._num_decoding * (num_steps // block_tokens + 1):
+            for following in range(number + 1, number + num_steps + 1):
+                free_blocks -= len(self._growing[following % block_tokens])
+                if free_blocks < 0:
+                    return following - number - 1
+        return num_steps
 
     def _end_steps(self, now_s: float) -> Iterable[Event]:
         if not self.alive or not self._stepping or now_s != self._step_ends_s[-1]:
@@ -431,8 +435,6 @@ class SimReplica:
 
     def _begin_decisions(self, now_s: float) -> tuple[str, ...]:
         """Squashes, and the beginning of a step for the policy; returns who was squashed."""
-        self._dirty = False
-        self._next_pass_s = now_s + _PASS_INTERVAL_S
         squashed = self.policy.squashes()
         for request_id in squashed:
             self._preempt(self.batch[request_id], now_s, squashed=True)
