@@ -144,22 +144,27 @@ class HistoryPredictor:
 
     def predict(self, features: LengthFeatures) -> int:
         """See ``LengthPredictor.predict``; ``default_tokens`` before anything like it was served."""
-        for key in _group_keys(features):
+        return self._predict(features, _group_keys(features))
+
+    def observe(self, features: LengthFeatures, num_output_tokens: int) -> None:
+        """See ``LengthPredictor.observe``; judges its own prediction first, then learns."""
+        keys, groups = _group_keys(features), self._groups
+        self.accuracy.record(self._predict(features, keys), num_output_tokens)
+        for key in reversed(keys):
+            if (recent := groups.get(key)) is None:
+                recent = groups[key] = deque(maxlen=self._num_recent)
+            else:
+                groups.move_to_end(key)
+            recent.append(num_output_tokens)
+        while len(groups) > self._max_groups:
+            groups.popitem(last=False)
+
+    def _predict(self, features: LengthFeatures, keys: tuple[Hashable, ...]) -> int:
+        for key in keys:
             recent = self._groups.get(key)
             if recent is not None and len(recent) >= _MIN_OBSERVATIONS:
                 return capped(sorted(recent)[len(recent) // 2], features, self._max_model_len)
         return capped(self._default_tokens, features, self._max_model_len)
-
-    def observe(self, features: LengthFeatures, num_output_tokens: int) -> None:
-        """See ``LengthPredictor.observe``; judges its own prediction first, then learns."""
-        self.accuracy.record(self.predict(features), num_output_tokens)
-        for key in reversed(_group_keys(features)):
-            if (recent := self._groups.get(key)) is None:
-                recent = self._groups[key] = deque(maxlen=self._num_recent)
-            recent.append(num_output_tokens)
-            self._groups.move_to_end(key)
-        while len(self._groups) > self._max_groups:
-            self._groups.popitem(last=False)
 
 
 class OraclePredictor:

@@ -27,6 +27,7 @@ from chameleon_ray.policy.sizing import QueuedRequest
 
 IDLE_PLAN_INTERVAL_S = 0.05
 """How often to plan while nothing has happened: only prefetches and adapters expected soon are at stake."""
+_NOTHING = Plan(version=-1)
 _FEW_WAITING = 16
 """So many requests are all looked at in each step; among more, a step may find what the one before had no time for."""
 _SMOOTHING = 0.1
@@ -236,10 +237,10 @@ class ReplicaPolicy:
         reserved_blocks: free blocks that the running batch is about to need; no adapter is loaded into them.
         """
         if not (self._changed or self._needed or now_s >= self._planned_at_s + IDLE_PLAN_INTERVAL_S):
-            return Plan(version=-1)
+            return _NOTHING
         if not self._needed and self._blocked is None and self.cache.settled:
             self._changed, self._planned_at_s = False, now_s
-            return Plan(version=-1)
+            return _NOTHING
         if self._blocked is not None and self.cache.knows(self._blocked):
             self._needed[self._blocked] = None
         plan = self.cache.plan(self._needed, max(0, self._pool.free_blocks() - reserved_blocks), now_s)
@@ -270,10 +271,10 @@ class ReplicaPolicy:
         request = self._requests.get(for_request)
         keep = (request.adapter.digest,) if request is not None and request.adapter is not None else ()
         if or_nothing and self._idle_blocks < num_blocks:
-            return Plan(version=-1)
+            return _NOTHING
         plan = self.cache.reclaim(num_blocks, now_s, keep)
         if or_nothing and plan.freed_blocks < num_blocks:
-            return Plan(version=-1)
+            return _NOTHING
         self._commit(plan, now_s)
         return plan
 

@@ -67,6 +67,7 @@ class Job:
     """
 
     request: SimRequest
+    features: LengthFeatures
     hit: bool = True
     num_predicted_tokens: int = 1
     admitted_s: float | None = None
@@ -182,14 +183,17 @@ class SimReplica:
 
     def arrive(self, request: SimRequest, now_s: float) -> Iterable[Event]:
         """A request arrives; one that can never fit is refused."""
-        job = Job(request)
         adapter = request.adapter
+        digest = adapter.digest if adapter is not None else None
+        job = Job(
+            request, LengthFeatures(digest, request.num_prompt_tokens, request.max_tokens, request.num_output_tokens)
+        )
         if self._blocks(request.num_prompt_tokens + request.num_output_tokens) + (
             self.costs.adapter_blocks(adapter.size_bytes) if adapter else 0
         ) > int(self.costs.memory.pool_blocks * (1 - self.costs.limits.watermark_share)):
             self._leave(job, "refused", now_s)
             return ()
-        job.num_predicted_tokens = self._predictor.predict(_features(request))
+        job.num_predicted_tokens = self._predictor.predict(job.features)
         queued = QueuedRequest(request.request_id, request.num_prompt_tokens, job.num_predicted_tokens, adapter)
         self.jobs[request.request_id] = job
         job.hit = self.policy.arrive(queued, now_s)
@@ -394,17 +398,19 @@ class SimReplica:
 
     def _end_decoding(self, now_s: float) -> None:
         num_steps = len(self._step_ends_s)
-        for duration_s in self._step_durations_s[:num_steps]:
-            self.busy_s += duration_s
+        self.busy_s = sum(self._step_durations_s[:num_steps], self.busy_s)
         self._decodes_left -= num_steps
         self._decode_context += num_steps * self._num_decoding
         first, self.num_steps = self.num_steps + 1, self.num_steps + num_steps
-        for number in range(first + 1, self.num_steps + 1):
-            self._kv_blocks += len(self._growing[number % self._block_tokens])
+        if num_steps > 1:
+            growing, block_tokens = self._growing, self._block_tokens
+            following = range(first + 1, self.num_steps + 1)
+            self._kv_blocks += sum([len(growing[number % block_tokens]) for number in following])
         self._grown_step = self.num_steps
-        for job in sorted(self._ends_at.pop(self.num_steps, ()), key=_admission):
-            if job.end_step == self.num_steps:
-                self._finish(job, now_s)
+        if (ending := self._ends_at.pop(self.num_steps, None)) is not None:
+            for job in sorted(ending, key=_admission):
+                if job.end_step == self.num_steps:
+                    self._finish(job, now_s)
 
     def _end_prompts(self, now_s: float) -> Iterable[Event]:
         """Prompts that are computed begin to decode; the next step begins."""
@@ -469,9 +475,11 @@ class SimReplica:
             self._admit(job, num_blocks if self.mode.reserve_outputs else self._blocks(chunk), now_s)
             self._chunks.append((job, chunk))
             budget -= chunk
-        prompt_blocks = sum(max(0, self._blocks(j.prefill_tokens) - j.kv_blocks) for j in self._prefilling.values())
-        plan = policy.end_step(now_s, reserved_blocks=len(self.batch) + prompt_blocks)
-        self._carry_out(plan, now_s, events)
+        prompt_blocks = 0
+        for job in self._prefilling.values():
+            prompt_blocks += max(0, self._blocks(job.prefill_tokens) - job.kv_blocks)
+        if plan := policy.end_step(now_s, reserved_blocks=len(self.batch) + prompt_blocks):
+            self._carry_out(plan, now_s, events)
         if self.mode.blocking_loads and (self._may_stall or not self.batch):
             self._stalled_by.update(plan.load[: len(plan.load) - plan.num_prefetch])
             self._may_stall = not self._stalled_by
@@ -557,7 +565,7 @@ class SimReplica:
         del self.jobs[request_id]
         job.generated = job.request.num_output_tokens
         self.policy.finish(request_id, now_s, job.generated)
-        self._predictor.observe(_features(job.request), job.generated)
+        self._predictor.observe(job.features, job.generated)
         self._leave(job, "finished", now_s)
         self._dirty = True
 
@@ -649,7 +657,3 @@ class SimReplica:
 def _admission(job: Job) -> int:
     return job.admission
 
-
-def _features(request: SimRequest) -> LengthFeatures:
-    digest = request.adapter.digest if request.adapter else None
-    return LengthFeatures(digest, request.num_prompt_tokens, request.max_tokens, request.num_output_tokens)
