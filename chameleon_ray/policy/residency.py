@@ -63,11 +63,10 @@ class Entry:
     failure: Failure | None = None
     running: dict[str, int] = field(default_factory=dict)
     queued: dict[str, int] = field(default_factory=dict)
+    digest: str = field(init=False)
 
-    @property
-    def digest(self) -> str:
-        """The adapter's identity."""
-        return self.adapter.digest
+    def __post_init__(self) -> None:
+        self.digest = self.adapter.digest
 
     @property
     def wanted(self) -> bool:

@@ -292,9 +292,7 @@ def _soonest(count: int, expected: Iterable[_Expected], tie_key: str) -> list[Re
     return [view for _, view in heapq.nsmallest(count, expected, key=order)]
 
 
-def _rank_for_base(
-    replicas: Sequence[ReplicaView], cluster: _Cluster, request_key: str, num_ranked: int
-) -> Decision:
+def _rank_for_base(replicas: Sequence[ReplicaView], cluster: _Cluster, request_key: str, num_ranked: int) -> Decision:
     expected = list(zip(cluster.expected_s(replicas), replicas, strict=True))
     ranked = _soonest(num_ranked, expected, request_key)
     return Decision(

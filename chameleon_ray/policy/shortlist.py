@@ -95,9 +95,10 @@ class ReplicaTable:
         if adapter is not None:
             chosen += [replica_id for _, replica_id in self._homes(adapter.digest)]
             chosen += self._least_busy(holders)
-        if not holders:
-            return [views[replica_id] for replica_id in dict.fromkeys(chosen)]
-        return [_at(views[replica_id], holders.get(replica_id)) for replica_id in dict.fromkeys(chosen)]
+        listed = {replica_id: views[replica_id] for replica_id in chosen}
+        for replica_id in listed.keys() & holders.keys():
+            listed[replica_id] = _at(listed[replica_id], holders[replica_id])
+        return list(listed.values())
 
     def home(self, key: str) -> str:
         """The first replica in a key's rendezvous order. There must be one."""

@@ -12,7 +12,6 @@ a roofline: reading weights and KV cache, or arithmetic, whichever is longer; th
 LoRA kernels. ``overhead_s`` and ``request_s`` are the host's time.
 """
 
-from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Annotated

@@ -335,12 +335,9 @@ class SimReplica:
                     num_preempted += self._grow(job, 1, now_s, events)
             self._grown_step = number
         if number in self._joins_at:
-            joining = [
-                (job, grow_step) for job, admission, grow_step in self._joins_at.pop(number) if job.admission == admission
-            ]
-            for job, grow_step in sorted(joining, key=lambda item: item[0].admission):
-                if job.request.request_id not in self.batch:
-                    continue
+            for job, admission, grow_step in sorted(self._joins_at.pop(number), key=lambda join: join[1]):
+                if job.admission != admission or job.request.request_id not in self.batch:
+                    continue  # it was preempted since
                 if grow_step <= self._grown_step:  # others took theirs before prompts were computed apart
                     num_preempted += self._grow(job, 1, now_s, events)
                     grow_step += self._block_tokens
@@ -656,4 +653,3 @@ class SimReplica:
 
 def _admission(job: Job) -> int:
     return job.admission
-
