@@ -21,15 +21,13 @@ from chameleon_ray.policy.adapter import Adapter, Tier
 from chameleon_ray.policy.admission import Admission, Admitted, Obstacle, QueuesState
 from chameleon_ray.policy.cache import AdapterCache, CacheConfig, CacheStats, EvictReason, Plan, State
 from chameleon_ray.policy.disciplines import QueueOptions
-from chameleon_ray.policy.queues import _BACKLOG_REFRESH_SHARE, QueueError, RequestQueues
+from chameleon_ray.policy.queues import _BACKLOG_REFRESH_SHARE, _MAX_ASKED, QueueError, RequestQueues
 from chameleon_ray.policy.routing import ReplicaLoad
 from chameleon_ray.policy.sizing import QueuedRequest
 
 IDLE_PLAN_INTERVAL_S = 0.05
 """How often to plan while nothing has happened: only prefetches and adapters expected soon are at stake."""
 _NOTHING = Plan(version=-1)
-_FEW_WAITING = 16
-"""So many requests are all looked at in each step; among more, a step may find what the one before had no time for."""
 _SMOOTHING = 0.1
 """Weight of the newest request in the running means of a replica's load: about the last 20 count."""
 
@@ -253,13 +251,14 @@ class ReplicaPolicy:
 
         What happens is any call of this object's that changes something, and blocks that become free otherwise.
         Nothing is decided while nobody waits, nor while those that wait were offered in vain: whoever has the adapter
-        waits for quota, a seat or KV memory, the others for loads under way, and all of these end with a call.
+        waits for quota, a seat or KV memory, the others for loads under way, and all of these end with a call. Where
+        more wait than ``_MAX_ASKED``, a step may find what the one before had no time for.
         """
         if self._changed or self._blocked is not None or not self.cache.settled:
             return float("-inf")
         if self.queues.settled:
             return self.queues.refresh_at_s
-        if self._in_vain and self.num_running and 0 < self.num_waiting <= _FEW_WAITING:
+        if self._in_vain and self.num_running and 0 < self.num_waiting <= _MAX_ASKED:
             return self.queues.refresh_at_s - self.config.queues.refresh_s * (1 - _BACKLOG_REFRESH_SHARE)
         return float("-inf")
 

@@ -165,10 +165,12 @@ def rank_replicas(
     best_s = min(expected_s)
     bound_s = max(best_s * (1 + costs.hysteresis), best_s + MIN_GAIN_S)
     good = [view for view, ttft_s in zip(replicas, expected_s, strict=True) if ttft_s <= bound_s]
-    worse = [item for item in zip(expected_s, replicas, strict=True) if item[0] > bound_s]
     preference = _preference(adapter)
     ranked = _most_preferred(num_ranked, good, preference)
     first = ranked[0]
+    worse: list[_Expected] = []
+    if first.tier is not Tier.GPU or len(ranked) < num_ranked:
+        worse = [item for item in zip(expected_s, replicas, strict=True) if item[0] > bound_s]
     if len(ranked) < num_ranked:
         ranked += _soonest(num_ranked - len(ranked), worse, adapter.digest)
     return Decision(
@@ -208,12 +210,19 @@ class _Cluster:
 
     @staticmethod
     def of(replicas: Iterable[ReplicaView]) -> "_Cluster":
-        loads = [view.load for view in replicas if view.load is not None]
+        ttfts_s, services_s, seats = [], [], []
+        for view in replicas:
+            if (load := view.load) is not None:
+                seats.append(load.max_running)
+                if load.ttft_s > 0:
+                    ttfts_s.append(load.ttft_s)
+                if load.service_s > 0:
+                    services_s.append(load.service_s)
         return _Cluster(
-            has_hints=bool(loads) or any(view.tier > Tier.ABSENT for view in replicas),
-            ttft_s=_mean([ttft_s for load in loads if (ttft_s := load.ttft_s) > 0], UNKNOWN_TTFT_S),
-            service_s=_mean([service_s for load in loads if (service_s := load.service_s) > 0], UNKNOWN_SERVICE_S),
-            max_running=_mean([load.max_running for load in loads], UNKNOWN_MAX_RUNNING),
+            has_hints=bool(seats) or any(view.tier > Tier.ABSENT for view in replicas),
+            ttft_s=_mean(ttfts_s, UNKNOWN_TTFT_S),
+            service_s=_mean(services_s, UNKNOWN_SERVICE_S),
+            max_running=_mean(seats, UNKNOWN_MAX_RUNNING),
         )
 
     def expected_s(self, replicas: Iterable[ReplicaView], load_times_s: Sequence[float] = ()) -> list[float]:
@@ -307,10 +316,10 @@ def _reason(
     first: ReplicaView, worse: Iterable[ReplicaView], preference: Callable[[ReplicaView], tuple[int, int, str]]
 ) -> Reason:
     """Why ``first`` is first, of an adapter that some replica reports on. ``worse``: those that hysteresis let go."""
-    if any(view.tier > first.tier for view in worse):
-        return "overload"
     if first.tier == Tier.GPU:
         return "resident"
+    if any(view.tier > first.tier for view in worse):
+        return "overload"
     if first.tier == Tier.HOST:
         return "host"
     place = preference(first)

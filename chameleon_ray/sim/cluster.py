@@ -198,8 +198,8 @@ class _Cluster:
             first_s = self._scenario.report_s * (index + 1) / self._scenario.num_replicas
             events.append((first_s, partial(self._report, index)))
         self._total = len(requests)
-        # What a run lets go of is in no cycle, but for a few objects; to look for cycles among the rest, which grows, would
-        # take a sixth of the time.
+        # What a run lets go of is in no cycle, but for a few objects; to look for cycles among the rest, which grows,
+        # would take a sixth of the time.
         collects = gc.isenabled()
         gc.disable()
         try:

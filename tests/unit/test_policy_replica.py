@@ -157,6 +157,29 @@ def test_a_blocked_adapter_holds_up_its_queue_until_a_running_request_ends():
     engine.policy.check()
 
 
+def test_steps_are_quiet_while_all_that_wait_were_offered_in_vain():
+    engine = Engine(20, discipline="fifo")
+    policy = engine.policy
+    engine.arrive("r1", prompt=100, output=50)
+    assert engine.step() == ["r1"]
+    engine.arrive("r2", prompt=100, output=10, now_s=1.0)
+    assert policy.quiet_until_s() < 1.0, "nobody has offered it yet"
+    assert engine.step(1.0) == []
+    # Arrivals have doubled, so traffic was measured at 1 s; with somebody waiting, again after a fifth of 300 s.
+    assert policy.quiet_until_s() == pytest.approx(61.0)
+    assert engine.step(2.0) == [] and policy.quiet_until_s() > 2.0
+    engine.arrive("r3", prompt=20, output=10, now_s=3.0)
+    assert policy.quiet_until_s() < 3.0
+    engine.step(3.0)
+    engine.finish("r1", 4.0)
+    assert policy.quiet_until_s() < 4.0, "its blocks and its quota are free"
+    assert engine.step(4.0) == ["r2", "r3"]
+    assert policy.quiet_until_s() > 4.0, "nobody waits"
+    engine.finish("r2", 5.0)
+    assert policy.quiet_until_s() > 5.0, "nobody waited for what became free"
+    engine.policy.check()
+
+
 def test_adapters_of_requests_that_wait_for_memory_do_not_chase_each_other_out():
     engine = Engine(12, discipline="static", total_tokens=10_000)
     engine.add(a=4, b=4)

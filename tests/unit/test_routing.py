@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from chameleon_ray.policy.adapter import Adapter, Tier
 from chameleon_ray.policy.routing import (
+    NUM_RANKED,
     Decision,
     LoadCosts,
     ReplicaLoad,
@@ -64,6 +65,18 @@ def test_cold_adapter_goes_home_and_alternatives_follow_in_rendezvous_order() ->
     decision = rank_replicas(ADAPTER, [view(replica_id) for replica_id in ids], COSTS)
     assert decision.reason == "cold"
     assert list(decision.replica_ids) == in_rendezvous_order(ADAPTER.digest, ids)
+
+
+@pytest.mark.parametrize("adapter", [ADAPTER, None])
+def test_a_shorter_ranking_is_the_beginning_of_the_whole_one(adapter: Adapter | None) -> None:
+    rng = Random(5)
+    for number in range(200):
+        views = [view(f"r{i}", rng.choice(list(Tier)), num_running=rng.randrange(20)) for i in range(12)]
+        whole = rank_replicas(adapter, views, COSTS, f"request {number}")
+        assert len(whole.replica_ids) == NUM_RANKED
+        for count in (1, 3):
+            short = rank_replicas(adapter, views, COSTS, f"request {number}", num_ranked=count)
+            assert short == dataclasses.replace(whole, replica_ids=whole.replica_ids[:count])
 
 
 def test_full_home_of_a_cold_adapter_is_left_as_overload() -> None:
