@@ -97,8 +97,14 @@ class RequestQueues:
 
     @property
     def refresh_at_s(self) -> float:
-        """When the next refresh by time is due; infinite before the first one."""
-        return self._refresh_at_s
+        """When the next refresh by time is due, sooner while requests wait (rule 7); infinite before the first one."""
+        early_s = self._options.refresh_s * (1 - _BACKLOG_REFRESH_SHARE) if self.num_waiting else 0.0
+        return self._refresh_at_s - early_s
+
+    @property
+    def each_step_sees_all(self) -> bool:
+        """Whether so few wait that every step gets to all of them."""
+        return self.num_waiting <= _MAX_ASKED
 
     def add(self, request: QueuedRequest, now_s: float) -> None:
         """A request arrives. Raises QueueError for an id that is in use."""
@@ -120,8 +126,7 @@ class RequestQueues:
         """Start a step at ``now_s``; whatever step was under way is over."""
         self._end_step()
         self._now_s = now_s
-        early_s = self._options.refresh_s * (1 - _BACKLOG_REFRESH_SHARE) if self.num_waiting else 0.0
-        if now_s >= self._refresh_at_s - early_s or self._window.num_arrived >= self._refresh_at_arrival:
+        if now_s >= self.refresh_at_s or self._window.num_arrived >= self._refresh_at_arrival:
             self.refresh(now_s)
         if self.settled:
             self._held, self._unreached, self._walk = None, list(self._set.queues), self._offer_nobody()

@@ -21,7 +21,7 @@ from chameleon_ray.policy.adapter import Adapter, Tier
 from chameleon_ray.policy.admission import Admission, Admitted, Obstacle, QueuesState
 from chameleon_ray.policy.cache import AdapterCache, CacheConfig, CacheStats, EvictReason, Plan, State
 from chameleon_ray.policy.disciplines import QueueOptions
-from chameleon_ray.policy.queues import _BACKLOG_REFRESH_SHARE, _MAX_ASKED, QueueError, RequestQueues
+from chameleon_ray.policy.queues import QueueError, RequestQueues
 from chameleon_ray.policy.routing import ReplicaLoad
 from chameleon_ray.policy.sizing import QueuedRequest
 
@@ -252,15 +252,11 @@ class ReplicaPolicy:
         What happens is any call of this object's that changes something, and blocks that become free otherwise.
         Nothing is decided while nobody waits, nor while those that wait were offered in vain: whoever has the adapter
         waits for quota, a seat or KV memory, the others for loads under way, and all of these end with a call. Where
-        more wait than ``_MAX_ASKED``, a step may find what the one before had no time for.
+        many wait, a step may find what the one before had no time for.
         """
-        if self._changed or self._blocked is not None or not self.cache.settled:
-            return float("-inf")
-        if self.queues.settled:
-            return self.queues.refresh_at_s
-        if self._in_vain and self.num_running and 0 < self.num_waiting <= _MAX_ASKED:
-            return self.queues.refresh_at_s - self.config.queues.refresh_s * (1 - _BACKLOG_REFRESH_SHARE)
-        return float("-inf")
+        in_vain = self._in_vain and self.num_running and self.num_waiting and self.queues.each_step_sees_all
+        quiet = not self._changed and self._blocked is None and self.cache.settled and (self.queues.settled or in_vain)
+        return self.queues.refresh_at_s if quiet else float("-inf")
 
     def make_room(self, num_blocks: int, now_s: float, *, for_request: str = "", or_nothing: bool = False) -> Plan:
         """Evictions, committed, that give ``num_blocks`` to the KV cache, or as many as idle adapters hold.
