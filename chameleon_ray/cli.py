@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     engine.add_argument(
         "--dtype", default="float32", help="of weights, activations and KV cache (default: float32, the demo's own)"
     )
+    engine.add_argument("--prompt-tokens", type=int, default=16, help="length of the prompts (default: %(default)s)")
     engine.set_defaults(run=_bench_engine)
     calibrate = commands.add_parser("calibrate", help="measure an engine and write a cost model for the simulator")
     bench_calibrate.add_arguments(calibrate)
@@ -213,7 +214,11 @@ def _bench_capacity(arguments: argparse.Namespace) -> int:
 def _bench_engine(arguments: argparse.Namespace) -> int:
     from chameleon_ray.bench.engine import run
 
-    return run(arguments.json, dtype=arguments.dtype)
+    try:
+        return run(arguments.json, dtype=arguments.dtype, prompt_tokens=arguments.prompt_tokens)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def _bench_burst(arguments: argparse.Namespace) -> int:

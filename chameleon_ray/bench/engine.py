@@ -27,6 +27,7 @@ from chameleon_ray.engine.paged.options import PagedSettings, paged_arguments
 MIB = 1 << 20
 KV_BYTES = 512 * MIB
 PROMPT_TOKENS, OUTPUT_TOKENS = 16, 16
+MAX_MODEL_LEN = 512
 MODES = ("stock", "paged", "base")
 STOCK_SLOTS = 8
 NUM_CHURNED, NUM_HELD = 100, 20
@@ -58,19 +59,25 @@ def run(
     modes: Sequence[str] = MODES,
     repeats: int = 3,
     dtype: str = "float32",
+    prompt_tokens: int = PROMPT_TOKENS,
 ) -> int:
     """Measure and print; exit status 0. threads: compute threads, default all cores. dtype: of weights, activations and
-    KV cache; ``auto`` is vLLM's choice: bfloat16, which is slow on a CPU without instructions for it."""
+    KV cache; ``auto`` is vLLM's choice: bfloat16, which is slow on a CPU without instructions for it. prompt_tokens: their
+    length; ``churn`` keeps its own. Raises ValueError for prompts that leave no room for the answers."""
+    if not 0 < prompt_tokens <= MAX_MODEL_LEN - OUTPUT_TOKENS:
+        raise ValueError(f"prompts of {prompt_tokens} tokens: give 1 to {MAX_MODEL_LEN - OUTPUT_TOKENS}")
     threads = threads or os.cpu_count() or 1
     demo = make_demo(Path("demo"))
     with tempfile.TemporaryDirectory() as folder:
         adapters = _many_adapters(demo.adapters, Path(folder))
         rates = {
-            mode: _child(["rates", mode, str(demo.model), str(adapters), str(repeats), dtype], threads)
+            mode: _child(
+                ["rates", mode, str(demo.model), str(adapters), str(repeats), dtype, str(prompt_tokens)], threads
+            )
             for mode in modes
         }
         churn = (
-            _child(["churn", "paged", str(demo.model), str(adapters), "1", dtype], threads)
+            _child(["churn", "paged", str(demo.model), str(adapters), "1", dtype, str(PROMPT_TOKENS)], threads)
             if "paged" in modes
             else None
         )
@@ -78,7 +85,10 @@ def run(
         {"case": case.name, **{f"{mode}_tok_s": round(rates[mode][case.name], 1) for mode in modes}}
         for case in sorted(CASES, key=lambda case: case.num_requests)
     ]
-    print(f"\nTokens per second, {OUTPUT_TOKENS} a request, {dtype}, {threads} threads, load {os.getloadavg()[0]:.1f}")
+    print(
+        f"\nTokens per second, {prompt_tokens} in and {OUTPUT_TOKENS} out a request, {dtype}, {threads} threads, "
+        f"load {os.getloadavg()[0]:.1f}"
+    )
     print(f"{'requests/adapters':<20}" + "".join(f"{mode:>10}" for mode in modes) + "   paged is")
     for row in rows:
         values = [row[f"{mode}_tok_s"] for mode in modes]
@@ -91,7 +101,11 @@ def run(
         )
     if json_path is not None:
         json_path.write_text(
-            json.dumps({"rows": rows, "churn": churn, "dtype": dtype, "threads": threads}, indent=2) + "\n"
+            json.dumps(
+                {"rows": rows, "churn": churn, "dtype": dtype, "threads": threads, "prompt_tokens": prompt_tokens},
+                indent=2,
+            )
+            + "\n"
         )
     return 0
 
@@ -132,7 +146,7 @@ def _engine_arguments(mode: str, model: str, dtype: str, kv_bytes: int) -> dict[
     arguments: dict[str, Any] = {
         "model": model,
         "dtype": dtype,
-        "max_model_len": 512,
+        "max_model_len": MAX_MODEL_LEN,
         "max_num_seqs": 64,
         "kv_cache_memory_bytes": kv_bytes,
         "enforce_eager": True,
@@ -145,12 +159,12 @@ def _engine_arguments(mode: str, model: str, dtype: str, kv_bytes: int) -> dict[
     return arguments
 
 
-def _prompts(num: int, seed: int) -> list[dict[str, list[int]]]:
+def _prompts(num: int, seed: int, num_tokens: int = PROMPT_TOKENS) -> list[dict[str, list[int]]]:
     rng = random.Random(seed)
-    return [{"prompt_token_ids": [rng.randrange(10, 600) for _ in range(PROMPT_TOKENS)]} for _ in range(num)]
+    return [{"prompt_token_ids": [rng.randrange(10, 600) for _ in range(num_tokens)]} for _ in range(num)]
 
 
-def _rates(mode: str, model: str, adapters: str, repeats: int, dtype: str) -> dict[str, float]:
+def _rates(mode: str, model: str, adapters: str, repeats: int, dtype: str, prompt_tokens: int) -> dict[str, float]:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -164,7 +178,7 @@ def _rates(mode: str, model: str, adapters: str, repeats: int, dtype: str) -> di
     def rate(case: Case) -> float:
         nonlocal seed
         seed += 1
-        prompts = _prompts(case.num_requests, seed)
+        prompts = _prompts(case.num_requests, seed, prompt_tokens)
         wanted = None if mode == "base" else [loras[i % case.num_adapters] for i in range(case.num_requests)]
         began_s = time.perf_counter()
         llm.generate(prompts, params, lora_request=wanted, use_tqdm=False)
@@ -233,11 +247,13 @@ async def _churn(mode: str, model: str, folders: list[Path], dtype: str) -> dict
 
 def _main() -> None:
     parser = argparse.ArgumentParser(description="one engine's measurements, for the parent process")
-    for name in ("what", "mode", "model", "adapters", "repeats", "dtype", "result"):
+    for name in ("what", "mode", "model", "adapters", "repeats", "dtype", "prompt_tokens", "result"):
         parser.add_argument(name)
     given = parser.parse_args()
     if given.what == "rates":
-        measured = _rates(given.mode, given.model, given.adapters, int(given.repeats), given.dtype)
+        measured = _rates(
+            given.mode, given.model, given.adapters, int(given.repeats), given.dtype, int(given.prompt_tokens)
+        )
     else:
         measured = asyncio.run(_churn(given.mode, given.model, sorted(Path(given.adapters).iterdir()), given.dtype))
     Path(given.result).write_text(json.dumps(measured))
