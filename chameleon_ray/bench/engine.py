@@ -62,8 +62,8 @@ def run(
     prompt_tokens: int = PROMPT_TOKENS,
 ) -> int:
     """Measure and print; exit status 0. threads: compute threads, default all cores. dtype: of weights, activations and
-    KV cache; ``auto`` is vLLM's choice: bfloat16, which is slow on a CPU without instructions for it. prompt_tokens: their
-    length; ``churn`` keeps its own. Raises ValueError for prompts that leave no room for the answers."""
+    KV cache; ``auto`` is vLLM's choice: bfloat16, which is slow on a CPU without instructions for it.
+    prompt_tokens: their length; ``churn`` keeps its own. Raises ValueError where no room is left for the answers."""
     if not 0 < prompt_tokens <= MAX_MODEL_LEN - OUTPUT_TOKENS:
         raise ValueError(f"prompts of {prompt_tokens} tokens: give 1 to {MAX_MODEL_LEN - OUTPUT_TOKENS}")
     threads = threads or os.cpu_count() or 1
