@@ -17,6 +17,8 @@ from chameleon_ray.policy.sizing import (
 _ROW_CELLS = 4
 _SLO_DURATIONS = 5.0
 """The paper's SLO: five times the mean duration of a request."""
+_PAUSE_GAPS = 20
+"""A pause is longer than so many median gaps between arrivals: of a million gaps between Poisson arrivals, one is."""
 _RATE_WEIGHT = 0.05
 """Weight of the latest request in the moving mean of seconds per output token."""
 
@@ -98,8 +100,7 @@ class LoadWindow:
         queues = np.searchsorted(cutoffs, self._sizes(recent, scales))
         end_queues = np.searchsorted(cutoffs, self._sizes(ends, scales))
         tokens = recent[:, 1] + recent[:, 2] + np.ceil(recent[:, 3] / self._options.kv_token_bytes)
-        # A burst within one second says little about a rate: count it as one second's worth.
-        span_s = max(1.0, now_s - float(recent[:, 0].min(initial=now_s)))
+        span_s = _span_s(recent[:, 0], now_s, self.slo_s())
         loads = []
         for queue in range(len(cutoffs) + 1):
             durations = ends[end_queues == queue, 0]
@@ -121,3 +122,16 @@ class LoadWindow:
     def _sizes(self, rows: Floats, scales: Scales) -> Floats:
         adapter_bytes = np.where(rows[:, 3] > 0, rows[:, 3], scales.base_adapter_bytes)
         return weighted_size(rows[:, 1], rows[:, 2], adapter_bytes, scales, self._options)
+
+
+def _span_s(arrivals_s: Floats, now_s: float, slo_s: float) -> float:
+    """Seconds since the first arrival, of each pause in the traffic but so much as may be chance, or as the SLO is.
+
+    Quotas are for the rate while requests come. With its pauses, on-and-off traffic would look like little traffic, and
+    when there is little, large requests get more than their share of the work.
+    """
+    gaps_s = np.diff(np.append(np.sort(arrivals_s), now_s))
+    if gaps_s.size:
+        gaps_s = np.minimum(gaps_s, max(slo_s, _PAUSE_GAPS * float(np.median(gaps_s))))
+    # A burst within one second says little about a rate: count it as one second's worth.
+    return max(1.0, float(gaps_s.sum()))

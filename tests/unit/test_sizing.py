@@ -196,6 +196,22 @@ def test_window_measures_scales_durations_and_rates():
     assert window.slo_s() == pytest.approx(10.0)
 
 
+def test_pauses_do_not_lower_the_rate_but_slow_traffic_does():
+    traffic = [0.1 * number for number in range(100)]
+    window, slow = LoadWindow(OPTIONS), LoadWindow(OPTIONS)
+    for start_s in (0.0, 100.0, 200.0):  # 10 s of traffic, 90 s without
+        for second in traffic:
+            window.arrived(request(), start_s + second)
+    for number in range(100):
+        slow.arrived(request(), 3.0 * number)
+    for each in (window, slow):
+        each.ended(request(), duration_s=0.2, num_output_tokens=10)  # an SLO of 1 s
+    (load,) = window.loads((), window.scales(), now_s=210.0)
+    assert load.arrivals_per_s == pytest.approx(10.0, rel=0.15)  # a pause counts as 2 s: 20 of its usual gaps
+    (load,) = slow.loads((), slow.scales(), now_s=300.0)
+    assert load.arrivals_per_s == pytest.approx(1 / 3)
+
+
 def test_window_forgets_old_requests():
     window = LoadWindow(OPTIONS, num_requests=4)
     window.arrived(request(200, 100, 16_000), 0.0)
