@@ -236,7 +236,8 @@ def test_a_step_costs_what_the_formula_says():
     assert model.step_s(10, 2000, 800, 1e6, 4, 3000) == pytest.approx(bound_by_reading)
     bound_by_arithmetic = 0.003 + 4 * 5e-5 + 1.3e-4 * 500 + 1e-9 * 3000
     assert model.step_s(500, 2000, 0, 0, 4, 3000) == pytest.approx(bound_by_arithmetic)
-    assert model.step_s_by_context(4, 800, 1e6)(2000) == pytest.approx(model.step_s(4, 2000, 800, 1e6, 4, 2000))
+    following = [model.step_s(4, context, 800, 1e6, 4, context) for context in (2004, 2008, 2012)]
+    assert model.decode_steps_s(3, 4, 2000, 800, 1e6) == pytest.approx(following)
 
 
 def test_the_shipped_model_of_the_cpu_engine_was_made_by_the_command():

@@ -41,9 +41,14 @@ def test_a_replica_that_dies_costs_only_what_it_had_begun_and_comes_back(
     service: Service, victim: Callable[[Service, psutil.Process], psutil.Process]
 ) -> None:
     before = {replica["replica"] for replica in service.placement()}
-    replica = service.replica_processes()[0]
-    family = [replica, *service.engine_processes(replica)]
-    assert len(family) >= 3, "a replica is an actor, an engine core and its worker"
+
+    def families() -> list[list[psutil.Process]]:
+        """Actor, engine core and worker of each replica; none while an actor has no engine (yet, or any more)."""
+        found = [[replica, *service.engine_processes(replica)] for replica in service.replica_processes()]
+        return found if len(found) == service.num_replicas and all(len(family) >= 3 for family in found) else []
+
+    family = wait_for(families, "as many replicas with engines as there should be", 120.0, 1.0)[0]
+    replica = family[0]
     with Load(service, mixed(service), CLIENTS) as load:
         wait_for(load.more(CLIENTS), "answers under load", 60.0)
         wait_for(lambda: all(one["load"]["num_running"] for one in service.placement()), "both replicas are busy")
