@@ -153,12 +153,17 @@ def test_a_slow_first_load_stalls_nobody():
     assert waiting.state().num_holds == 0
 
 
-def test_hundreds_of_loading_adapters_do_not_hide_a_ready_request_for_long():
+def three_hundred_loading():
     room = Room()
     waiting = queues(room=room)
     for number in range(300):
         room.admissions[f"x{number}"] = Admission.LOADING
         add(waiting, request(f"cold{number}", 40, f"x{number}"))
+    return room, waiting
+
+
+def test_hundreds_of_loading_adapters_do_not_hide_a_ready_request_for_long():
+    room, waiting = three_hundred_loading()
     add(waiting, request("ready", 40))
     steps = next(count for count in range(1, 20) if step(waiting) == ["ready"])
     assert steps == 13  # 24 looked at in each step
@@ -167,11 +172,7 @@ def test_hundreds_of_loading_adapters_do_not_hide_a_ready_request_for_long():
 
 
 def test_an_adapter_that_has_moved_is_asked_about_first():
-    room = Room()
-    waiting = queues(room=room)
-    for number in range(300):
-        room.admissions[f"x{number}"] = Admission.LOADING
-        add(waiting, request(f"cold{number}", 40, f"x{number}"))
+    room, waiting = three_hundred_loading()
     for _ in range(13):
         assert step(waiting) == []  # all are set aside
     for number in (299, 17):
