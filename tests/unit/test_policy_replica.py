@@ -180,6 +180,25 @@ def test_steps_are_quiet_while_all_that_wait_were_offered_in_vain():
     engine.policy.check()
 
 
+def test_a_request_runs_in_the_step_after_its_adapter_is_loaded_however_many_others_wait_for_theirs():
+    engine = Engine(1000, discipline="fifo")
+    digests = [f"a{number}" for number in range(60)]
+    engine.add(**dict.fromkeys(digests, 1))
+    for digest in digests:
+        engine.arrive(digest, digest)
+    for _ in range(5):
+        assert engine.step() == []  # all are set aside
+    num_admitted = 0
+    while engine.reading:
+        what, digest = engine.reading[-1]
+        engine.reading.insert(0, engine.reading.pop())
+        engine.complete(1)
+        admitted = engine.step()
+        assert admitted == ([digest] if what == "load" else [])
+        num_admitted += len(admitted)
+    assert num_admitted == 60
+
+
 def test_adapters_of_requests_that_wait_for_memory_do_not_chase_each_other_out():
     engine = Engine(12, discipline="static", total_tokens=10_000)
     engine.add(a=4, b=4)
