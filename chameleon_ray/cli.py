@@ -7,9 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from chameleon_ray.bench import serve as bench_serve
-from chameleon_ray.bench.calibrate import run as bench_calibrate
-from chameleon_ray.bench.compare.options import add_capacity, add_schedulers
+from chameleon_ray import __version__
 from chameleon_ray.bench.load.errors import LoadError
 
 
@@ -19,8 +17,23 @@ def main(argv: list[str] | None = None) -> int:
     return int(arguments.run(arguments))
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose options are added by ``configure`` when the command is chosen: ``--help`` imports no command."""
+
+    def __init__(self, *args: Any, configure: Callable[[argparse.ArgumentParser], None] | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._configure = configure
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._configure is not None:
+            configure, self._configure = self._configure, None
+            configure(self)
+        return super().parse_known_args(args, namespace)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="chameleon", description="Serve many LoRA adapters over one base model.")
+    parser = _Parser(prog="chameleon", description="Serve many LoRA adapters over one base model.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     serve = commands.add_parser("serve", help="start Ray and the application on this machine, in the foreground")
     serve.add_argument(
@@ -52,24 +65,28 @@ def _parser() -> argparse.ArgumentParser:
     local.set_defaults(run=_bench_local)
     policy = benches.add_parser("policy", help="time per decision of scheduler, cache and router policies")
     policy.set_defaults(run=_bench_policy)
-    load = benches.add_parser("serve", help="open-loop load on OpenAI-compatible servers, side by side")
-    bench_serve.add_arguments(load)
-    load.set_defaults(run=bench_serve.run)
-    compared = benches.add_parser("schedulers", help="the scheduling policies on real engines, same requests for all")
-    add_schedulers(compared)
-    compared.set_defaults(run=_bench_schedulers)
-    capacity = benches.add_parser("capacity", help="highest load under the SLO: stock vLLM, fifo + lru, Chameleon")
-    add_capacity(capacity)
-    capacity.set_defaults(run=_bench_capacity)
+    benches.add_parser(
+        "serve", help="open-loop load on OpenAI-compatible servers, side by side", configure=_configure_bench_serve
+    )
+    benches.add_parser(
+        "schedulers",
+        help="the scheduling policies on real engines, same requests for all",
+        configure=_configure_bench_schedulers,
+    )
+    benches.add_parser(
+        "capacity",
+        help="highest load under the SLO: stock vLLM, fifo + lru, Chameleon",
+        configure=_configure_bench_capacity,
+    )
     engine = benches.add_parser("engine", help="one engine: vLLM's slots, adapters in KV memory, base model")
     engine.add_argument(
         "--dtype", default="float32", help="of weights, activations and KV cache (default: float32, the demo's own)"
     )
     engine.add_argument("--prompt-tokens", type=int, default=16, help="length of the prompts (default: %(default)s)")
     engine.set_defaults(run=_bench_engine)
-    calibrate = commands.add_parser("calibrate", help="measure an engine and write a cost model for the simulator")
-    bench_calibrate.add_arguments(calibrate)
-    calibrate.set_defaults(run=lambda arguments: _told(lambda: bench_calibrate.run(arguments)))
+    commands.add_parser(
+        "calibrate", help="measure an engine and write a cost model for the simulator", configure=_configure_calibrate
+    )
     burst = benches.add_parser("burst", help="KV memory over time: idle adapters give way to a burst of long prompts")
     burst.add_argument("--plot", type=Path, metavar="FILE", help="draw it there (.png, .svg, .pdf)")
     burst.set_defaults(run=_bench_burst)
@@ -150,7 +167,35 @@ def _add_training(commands: Any) -> None:
     train.set_defaults(run=_train_predictor)
 
 
-# Commands import what they need when they run: `chameleon --help` should not wait for torch.
+# Commands import what they need when they are chosen: `chameleon --help` should not wait for torch.
+
+
+def _configure_bench_serve(parser: argparse.ArgumentParser) -> None:
+    from chameleon_ray.bench.serve import add_arguments, run
+
+    add_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def _configure_bench_schedulers(parser: argparse.ArgumentParser) -> None:
+    from chameleon_ray.bench.compare.options import add_schedulers
+
+    add_schedulers(parser)
+    parser.set_defaults(run=_bench_schedulers)
+
+
+def _configure_bench_capacity(parser: argparse.ArgumentParser) -> None:
+    from chameleon_ray.bench.compare.options import add_capacity
+
+    add_capacity(parser)
+    parser.set_defaults(run=_bench_capacity)
+
+
+def _configure_calibrate(parser: argparse.ArgumentParser) -> None:
+    from chameleon_ray.bench.calibrate.run import add_arguments, run
+
+    add_arguments(parser)
+    parser.set_defaults(run=lambda arguments: _status(lambda: run(arguments)))
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -224,19 +269,19 @@ def _bench_engine(arguments: argparse.Namespace) -> int:
 def _bench_burst(arguments: argparse.Namespace) -> int:
     from chameleon_ray.bench.burst import run
 
-    return _told(lambda: run(arguments.json, arguments.plot))
+    return _status(lambda: run(arguments.json, arguments.plot))
 
 
 def _sim_run(arguments: argparse.Namespace) -> int:
     from chameleon_ray.sim.grid import run
 
-    return _told(lambda: run(arguments.scenario, arguments.json, plot_path=arguments.plot))
+    return _status(lambda: run(arguments.scenario, arguments.json, plot_path=arguments.plot))
 
 
 def _sim_paper(arguments: argparse.Namespace) -> int:
     from chameleon_ray.sim.paper import run
 
-    return _told(lambda: run(arguments.json, plot_folder=arguments.plots))
+    return _status(lambda: run(arguments.json, plot_folder=arguments.plots))
 
 
 def _sim_cluster(arguments: argparse.Namespace) -> int:
@@ -259,13 +304,13 @@ def _sim_cluster(arguments: argparse.Namespace) -> int:
         routings = [name for name in arguments.routing.split(",") if name]
         return run(scenario, routings, json_path=arguments.json, plot_path=arguments.plot)
 
-    return _told(simulate)
+    return _status(simulate)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
     from chameleon_ray.sim.plan import run
 
-    return _told(lambda: run(arguments.scenario, arguments.slo, arguments.json))
+    return _status(lambda: run(arguments.scenario, arguments.slo, arguments.json))
 
 
 def _train_predictor(arguments: argparse.Namespace) -> int:
@@ -285,11 +330,11 @@ def _train_predictor(arguments: argparse.Namespace) -> int:
         print(f"saved; use it with engine.length_predictor={arguments.out.resolve()}")
         return 0
 
-    return _told(run)
+    return _status(run)
 
 
-def _told(command: Callable[[], int]) -> int:
-    """The command's exit status; a setting that it refuses is told without a traceback."""
+def _status(command: Callable[[], int]) -> int:
+    """The command's exit status; 1 with the message on stderr when it raises an error that the user can mend."""
     try:
         return command()
     except (ValueError, OSError, LoadError) as error:

@@ -1,7 +1,7 @@
 """The application with engines that generate at once: what is left is the cost of everything around the engine.
 
-``serve run deployments.instant:build`` takes the same arguments as ``deployments.app:build``; ``chameleon bench
-transport`` measures it. Only vLLM is replaced; ingress, router, replica, adapters and Redis are the real ones.
+``serve run deployments.instant:build`` takes the same arguments as ``deployments.app:build``; ``chameleon bench local``
+measures it. Only vLLM is replaced; ingress, router, replica, adapters and Redis are the real ones.
 """
 
 import json
