@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 PYTHON=${PYTHON:-python3.11}
 VENV=${VENV:-.venv}
-LOCKS=(requirements/cpu.txt requirements/dev.txt)
+LOCKS=(requirements/cpu.txt requirements/demo.txt requirements/dev.txt)
 TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 
 stamp="$VENV/.installed-$(cat "${LOCKS[@]}" pyproject.toml setup.sh | sha256sum | cut -c1-16)"
