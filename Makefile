@@ -5,12 +5,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CONFIG ?= cluster_configs/local.yaml
 
-.PHONY: serve test unit lint setup demo clean
+.PHONY: serve test unit lint docs setup demo clean
 
 serve: setup demo ## start Ray and the demo application in the foreground
 	@exec $(BIN)/chameleon serve $(CONFIG)
 
-test: setup demo lint ## all tests
+test: setup demo lint docs ## all tests
 	@$(BIN)/pytest
 
 unit: setup demo ## the tests that take seconds
@@ -18,6 +18,9 @@ unit: setup demo ## the tests that take seconds
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+docs: setup ## the documentation site, in build/docs; a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 setup: ## the virtual environment with the locked CPU set
 	@PYTHON=$(PYTHON) VENV=$(VENV) ./setup.sh

@@ -297,7 +297,7 @@ def _nested(args: Mapping[str, Any]) -> dict[str, Any]:
 def _explain(problem: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {where!r}; the README lists every option"
+        return f"unknown key {where!r}; docs/options.md lists every option"
     if problem["type"] == "missing":
         return f"{where!r} is required"
     return f"{where!r}: {problem['msg']} (got {problem['input']!r})"

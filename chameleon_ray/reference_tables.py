@@ -1,19 +1,39 @@
-"""The README's table of options, made from the configuration model."""
+"""The tables of options and metrics in the documentation, made from the code.
+
+``python -m chameleon_ray.reference_tables`` writes them into ``docs/``, between their markers.
+"""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from chameleon_ray import metrics
 from chameleon_ray.config import AppConfig
 
-HEADER = "| option | default | meaning |\n| --- | --- | --- |\n"
+DOCS = Path(__file__).parents[1] / "docs"
+BEGIN, END = "<!-- python -m chameleon_ray.reference_tables -->\n", "<!-- end of the table -->"
+
+
+def with_table(page: str, table: str) -> str:
+    """The page with ``table`` between the markers. ValueError when they are missing."""
+    before, after = page.index(BEGIN) + len(BEGIN), page.index(END)
+    return page[:before] + table + page[after:]
+
+
+def metrics_table() -> str:
+    """A Markdown table with every metric of ours and its tags, in the order of ``metrics.py``."""
+    found = [metric for metric in vars(metrics).values() if isinstance(metric, metrics.Metric)]
+    names = [f"{metric.name}{{{','.join(metric.tag_keys)}}}" if metric.tag_keys else metric.name for metric in found]
+    rows = (f"| `{name}` | {metric.description} |\n" for name, metric in zip(names, found, strict=True))
+    return "| metric | meaning |\n| --- | --- |\n" + "".join(rows)
 
 
 def options_table() -> str:
     """A Markdown table with every option an operator may set, in the order of the model."""
-    return HEADER + "".join(
+    return "| option | default | meaning |\n| --- | --- | --- |\n" + "".join(
         f"| `{name}` | {default} | {meaning.replace('|', chr(92) + '|')} |\n"
         for name, default, meaning in _rows(AppConfig, "")
     )
@@ -46,5 +66,10 @@ def _shown(default: Any) -> str:
     return f"`{str(default).lower() if isinstance(default, bool) else default}`"
 
 
+PAGES = {"options.md": options_table, "metrics.md": metrics_table}
+
+
 if __name__ == "__main__":
-    print(options_table(), end="")
+    for name, table in PAGES.items():
+        page = DOCS / name
+        page.write_text(with_table(page.read_text(), table()))
