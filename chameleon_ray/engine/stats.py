@@ -11,10 +11,7 @@ from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, Schedule
 
 from chameleon_ray.engine.report import PolicyEvents, PolicyReport
 from chameleon_ray.policy.adapter import Tier
-from chameleon_ray.policy.routing import ReplicaLoad
-
-SMOOTHING = 0.1
-"""Weight of the newest request in the running means: about the last 20 requests count."""
+from chameleon_ray.policy.routing import RecentRequests, ReplicaLoad
 
 
 class LoadStats(StatLoggerBase):
@@ -24,14 +21,15 @@ class LoadStats(StatLoggerBase):
         self.num_running = 0
         self.num_waiting = 0
         self.max_running = vllm_config.scheduler_config.max_num_seqs
-        self.service_s = 0.0
-        self.ttft_s = 0.0
+        self.kv_used_share = 0.0
+        self._recent = RecentRequests()
         # Of adapters in KV memory (engine/paged/stats.py); digests are the short ones of LoRA names.
         self.report: PolicyReport | None = None
         self.reported_at_s = 0.0
         self.adapter_tiers: dict[str, Tier] = {}
         self.adapter_failures: dict[str, str] = {}
         self.eviction_cost_s = 0.0
+        self._idle_share = 0.0
         self._events = PolicyEvents()
         self._clock = clock
 
@@ -47,17 +45,19 @@ class LoadStats(StatLoggerBase):
             self.num_waiting = scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
             if scheduler_stats.kv_connector_stats:
                 self._record_policy(scheduler_stats.kv_connector_stats)
+            # vLLM counts the blocks of idle adapters as used.
+            self.kv_used_share = max(0.0, scheduler_stats.kv_cache_usage - self._idle_share)
         for request in iteration_stats.finished_requests if iteration_stats is not None else ():
             if request.num_generation_tokens == 0:
                 continue  # it ended without a first token: vLLM's times for it mean nothing
-            self.service_s = _mean(self.service_s, request.inference_time)
-            self.ttft_s = _mean(self.ttft_s, request.prefill_time)
+            self._recent.record(request.prefill_time, request.inference_time)
 
     def _record_policy(self, data: Mapping[str, Any]) -> None:
         self.report = PolicyReport.of(data)
         self.reported_at_s = self._clock()
         self.adapter_failures = data["failures"]
         self.eviction_cost_s = data["eviction_cost_s"]
+        self._idle_share = data["idle_blocks"] / self.report.limits.num_blocks
         self.adapter_tiers |= {digest: Tier(tier) for digest, tier in data["tiers"].items()}
         self._events.record(data)
 
@@ -80,9 +80,10 @@ class LoadStats(StatLoggerBase):
             num_running=self.num_running,
             num_waiting=self.num_waiting,
             max_running=self.max_running,
-            service_s=self.service_s,
-            ttft_s=self.ttft_s,
+            service_s=self._recent.service_s,
+            ttft_s=self._recent.ttft_s,
             eviction_cost_s=eviction_cost_s,
+            kv_used_share=self.kv_used_share,
         )
 
 
@@ -109,7 +110,3 @@ class RequestRates:
             del self._arrivals[digest]
             return 0.0
         return len(arrivals) / self._window_s
-
-
-def _mean(mean: float, value: float) -> float:
-    return value if mean == 0.0 else mean + SMOOTHING * (value - mean)

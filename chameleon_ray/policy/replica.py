@@ -8,7 +8,7 @@ A driver owns the blocks and the clock; this decides. The life of a step:
    adapters are needed.
 3. ``end_step``: carry out the plan it returns (evict, drop, load, fetch; in that order) beside the running batch.
 
-Between steps: ``arrive``, ``first_token``, ``finish``, ``remove``, ``requeue``; ``make_room`` wherever KV memory is
+Between steps: ``arrive``, ``finish``, ``remove``, ``requeue``; ``make_room`` wherever KV memory is
 short; ``fetched``, ``fetch_failed``, ``loaded``, ``load_failed`` as the ordered work ends. All times are seconds on one
 clock of the driver. Misuse raises (``QueueError``, ``CacheError``, ``AdapterFailed``) and changes nothing.
 """
@@ -22,14 +22,11 @@ from chameleon_ray.policy.admission import Admission, Admitted, Obstacle, Queues
 from chameleon_ray.policy.cache import AdapterCache, CacheConfig, CacheStats, EvictReason, Plan, State
 from chameleon_ray.policy.disciplines import QueueOptions
 from chameleon_ray.policy.queues import QueueError, RequestQueues
-from chameleon_ray.policy.routing import ReplicaLoad
 from chameleon_ray.policy.sizing import QueuedRequest
 
 IDLE_PLAN_INTERVAL_S = 0.05
 """How often to plan while nothing has happened: only prefetches and adapters expected soon are at stake."""
 _NOTHING = Plan(version=-1)
-_SMOOTHING = 0.1
-"""Weight of the newest request in the running means of a replica's load: about the last 20 count."""
 
 
 class AdapterFailed(Exception):
@@ -87,7 +84,7 @@ class ReplicaPolicy:
         self._pool = pool
         self._num_blocks: dict[str, int] = {}
         self._requests: dict[str, QueuedRequest] = {}
-        self._admitted_s: dict[str, float] = {}
+        self._admitted: set[str] = set()
         self._running: dict[str, set[str]] = {}
         self._held_blocks = 0
         self._pinned_blocks = 0
@@ -97,7 +94,6 @@ class ReplicaPolicy:
         self._planned_at_s = float("-inf")
         # Of the latest step: whether anybody was admitted, postponed or evicted, and whether all were offered in vain.
         self._has_moved = self._in_vain = False
-        self._service_s = self._ttft_s = 0.0
 
     # Adapters
 
@@ -157,16 +153,9 @@ class ReplicaPolicy:
         self._changed = True
         return hit
 
-    def first_token(self, request_id: str, now_s: float) -> None:
-        """A running request gave its first token; what that took since its admission goes into the replica's load."""
-        if (admitted_s := self._admitted_s.get(request_id)) is None:
-            raise QueueError(f"request {request_id} is not running: it cannot have given a token")
-        self._ttft_s = _mean(self._ttft_s, now_s - admitted_s)
-
     def finish(self, request_id: str, now_s: float, num_output_tokens: int) -> None:
         """A running request ended by itself. Raises QueueError."""
         self.queues.finish(request_id, now_s, num_output_tokens)
-        self._service_s = _mean(self._service_s, now_s - self._admitted_s[request_id])
         self._let_go(request_id, now_s)
 
     def remove(self, request_id: str, now_s: float) -> None:
@@ -177,7 +166,7 @@ class ReplicaPolicy:
     def requeue(self, request_id: str, now_s: float, *, squashed: bool = False) -> None:
         """A running request was preempted or squashed, its KV blocks are free: it waits at its old place."""
         self.queues.requeue(request_id, now_s, squashed)
-        del self._admitted_s[request_id]
+        self._admitted.remove(request_id)
         adapter = self._requests[request_id].adapter
         if adapter is not None:
             self.cache.requeue(request_id, now_s)
@@ -213,7 +202,7 @@ class ReplicaPolicy:
     def admit(self, request_id: str, now_s: float) -> Admitted:
         """The candidate runs; the driver gives it KV blocks. Raises QueueError for any other request."""
         admitted = self.queues.admit(request_id)
-        self._admitted_s[request_id] = now_s
+        self._admitted.add(request_id)
         adapter = self._requests[request_id].adapter
         if adapter is not None:
             self.cache.acquire(request_id, now_s)
@@ -265,7 +254,7 @@ class ReplicaPolicy:
         """
         request = self._requests.get(for_request)
         keep = (request.adapter.digest,) if request is not None and request.adapter is not None else ()
-        if or_nothing and self._idle_blocks < num_blocks:
+        if or_nothing and self.idle_blocks < num_blocks:
             return _NOTHING
         plan = self.cache.reclaim(num_blocks, now_s, keep)
         if or_nothing and plan.freed_blocks < num_blocks:
@@ -290,16 +279,10 @@ class ReplicaPolicy:
         """Blocks of adapters that running requests use or that are being loaded: they cannot be given back."""
         return self._pinned_blocks
 
-    def load(self, eviction_cost_s: float = 0.0) -> ReplicaLoad:
-        """What routers want to know; eviction_cost_s: see ``AdapterCache.eviction_cost_s``."""
-        return ReplicaLoad(
-            num_running=self.num_running,
-            num_waiting=self.num_waiting,
-            max_running=self.config.queues.max_running or max(1, self.num_running),
-            service_s=self._service_s,
-            ttft_s=self._ttft_s,
-            eviction_cost_s=eviction_cost_s,
-        )
+    @property
+    def idle_blocks(self) -> int:
+        """Blocks of adapters that no running request uses: they can be given back at once."""
+        return self._held_blocks - self._pinned_blocks
 
     def snapshot(self, now_s: float) -> ReplicaSnapshot:
         """Everything that metrics and placement show."""
@@ -316,14 +299,10 @@ class ReplicaPolicy:
         self.queues.check()
         assert len(self._requests) == self.num_waiting + self.num_running, "a request is known to one side only"
         assert all(request_id in self.queues for request_id in self._requests), "a request has left the queues"
-        assert len(self._admitted_s) == self.num_running, "a request runs that was not admitted"
+        assert len(self._admitted) == self.num_running, "a request runs that was not admitted"
         assert self._held_blocks == sum(held.values()), f"{self._held_blocks} blocks counted, {held} held"
         pinned = {d for d in held if states[d] is State.LOADING or self._running.get(d)}
         assert self._pinned_blocks == sum(held[d] for d in pinned), f"{self._pinned_blocks} blocks pinned, not {pinned}"
-
-    @property
-    def _idle_blocks(self) -> int:
-        return self._held_blocks - self._pinned_blocks
 
     def _admission(self, request: QueuedRequest) -> Admission:
         if request.adapter is None:
@@ -335,7 +314,7 @@ class ReplicaPolicy:
             return Admission.LOADING
         if request.adapter.digest == self._blocked:
             return Admission.NO_ROOM
-        room = min(self._pool.free_blocks() + self._idle_blocks, self.config.cache.max_blocks - self._pinned_blocks)
+        room = min(self._pool.free_blocks() + self.idle_blocks, self.config.cache.max_blocks - self._pinned_blocks)
         if self._num_blocks[request.adapter.digest] <= room:
             return Admission.FITS
         # Without a host copy there is nothing that room could be used for yet; the cache fetches for whoever waits.
@@ -346,7 +325,7 @@ class ReplicaPolicy:
         digest = request.adapter.digest if request.adapter is not None else None
         is_loading = digest is not None and self.cache.state(digest) is State.LOADING
         prompt_blocks = -(-request.num_prompt_tokens // self.config.block_tokens)
-        free = self._pool.free_blocks() + self._idle_blocks
+        free = self._pool.free_blocks() + self.idle_blocks
         share = self.config.cache.max_blocks - self._pinned_blocks
         users: dict[str, int] = {}
         for count in range(len(leaving) + 1):
@@ -381,7 +360,8 @@ class ReplicaPolicy:
 
     def _let_go(self, request_id: str, now_s: float) -> None:
         adapter = self._requests.pop(request_id).adapter
-        was_running = self._admitted_s.pop(request_id, None) is not None
+        was_running = request_id in self._admitted
+        self._admitted.discard(request_id)
         if adapter is not None:
             self.cache.release(request_id, now_s)
             if was_running:
@@ -421,7 +401,3 @@ class _Room:
 
     def ends_needed(self, request: QueuedRequest, leaving: Sequence[str]) -> int | None:
         return self.policy._ends_needed(request, leaving)
-
-
-def _mean(mean: float, value: float) -> float:
-    return value if mean == 0.0 else mean + _SMOOTHING * (value - mean)

@@ -40,6 +40,8 @@ MIN_GAIN_S = 0.005
 NUM_RANKED = 8
 """How many replicas a decision names: enough alternatives when some are full or have just died."""
 
+_SMOOTHING = 0.1
+
 UNKNOWN_TTFT_S = 0.05
 UNKNOWN_SERVICE_S = 1.0
 UNKNOWN_MAX_RUNNING = 16.0
@@ -55,6 +57,8 @@ class ReplicaLoad:
     service_s: mean seconds from a request's admission to its end, over recent requests; 0 when unknown.
     ttft_s: mean seconds to first token of recent requests that neither queued nor loaded; 0 when unknown.
     eviction_cost_s: expected seconds that making room for one more adapter costs later requests (0 with free room).
+    kv_used_share: share of the KV pool that running requests and the adapters they use hold; what can be evicted at
+        once (idle adapters, cached prefixes) is free. 0 when unknown.
 
     Raises ValueError for a value that is negative or not finite, or a ``max_running`` below 1.
     """
@@ -65,10 +69,12 @@ class ReplicaLoad:
     service_s: float = 0.0
     ttft_s: float = 0.0
     eviction_cost_s: float = 0.0
+    kv_used_share: float = 0.0
 
     def __post_init__(self) -> None:
         # Every replica of a simulated cluster reports every second: look at the names only when something is wrong.
-        values = (self.num_running, self.num_waiting, self.service_s, self.ttft_s, self.eviction_cost_s)
+        times_s = (self.service_s, self.ttft_s, self.eviction_cost_s)
+        values = (self.num_running, self.num_waiting, self.kv_used_share, *times_s)
         if min(values) >= 0 and self.max_running >= 1 and math.isfinite(sum(values) + self.max_running):
             return
         for field in fields(self):
@@ -78,6 +84,19 @@ class ReplicaLoad:
                 raise ValueError(
                     f"{field.name} of a replica's load is {value!r}: report a finite number from {lowest} up"
                 )
+
+
+@dataclass(slots=True)
+class RecentRequests:
+    """Running means over a replica's latest requests, about 20 of them, for its ``ReplicaLoad``; 0 before the first."""
+
+    ttft_s: float = 0.0
+    service_s: float = 0.0
+
+    def record(self, ttft_s: float, service_s: float) -> None:
+        """A request ended by itself, so many seconds after its first admission; its first token came after ttft_s."""
+        self.ttft_s = ttft_s if not self.ttft_s else self.ttft_s + _SMOOTHING * (ttft_s - self.ttft_s)
+        self.service_s = service_s if not self.service_s else self.service_s + _SMOOTHING * (service_s - self.service_s)
 
 
 @dataclass(frozen=True, slots=True)

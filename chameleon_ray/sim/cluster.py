@@ -297,7 +297,7 @@ class _Cluster:
     def _report(self, index: int, now_s: float) -> Iterable[Event]:
         if not self._replicas[index].alive or self._num_left == self._total:
             return ()
-        load, in_flight = self._replicas[index].policy.load(), self._hints.in_flight[index]
+        load, in_flight = self._replicas[index].load(now_s), self._hints.in_flight[index]
 
         def heard(now_s: float) -> Iterable[Event]:
             self._hints.report(index, load, in_flight)

@@ -21,6 +21,7 @@ from chameleon_ray.policy.admission import Obstacle
 from chameleon_ray.policy.cache_types import Plan
 from chameleon_ray.policy.lengths import LengthFeatures, LengthPredictor
 from chameleon_ray.policy.replica import ReplicaConfig, ReplicaPolicy
+from chameleon_ray.policy.routing import RecentRequests, ReplicaLoad
 from chameleon_ray.policy.sizing import QueuedRequest
 from chameleon_ray.sim.costs import CostModel
 from chameleon_ray.sim.link import Link
@@ -150,6 +151,7 @@ class SimReplica:
         self._may_stall = True
         self._next_pass_s = 0.0
         self._polling = False
+        self._recent = RecentRequests()
 
     # What the policy asks (``BlockPool``)
 
@@ -165,6 +167,21 @@ class SimReplica:
         if request_id in self._prefilling:
             return self._blocks(job.prefill_tokens - job.prefill_left)
         return self._blocks(job.prefill_tokens + self.num_steps + 1 - job.first_decode_step)
+
+    def load(self, now_s: float) -> ReplicaLoad:
+        """The load that the replica reports to routers."""
+        policy, links = self.policy, self.costs.links
+        return ReplicaLoad(
+            num_running=policy.num_running,
+            num_waiting=policy.num_waiting,
+            max_running=self.costs.limits.max_running,
+            service_s=self._recent.service_s,
+            ttft_s=self._recent.ttft_s,
+            eviction_cost_s=policy.cache.eviction_cost_s(
+                self.free_blocks(), now_s, lambda size_bytes: links.overhead_s + size_bytes / links.host_bytes_s
+            ),
+            kv_used_share=(self._kv_blocks + policy.pinned_blocks) / self._pool_blocks,
+        )
 
     # What happens from outside
 
@@ -503,7 +520,6 @@ class SimReplica:
         job.generated += 1
         if job.first_token_s is None:
             job.first_token_s = now_s
-            self.policy.first_token(job.request.request_id, now_s)
         self._num_decoding += 1
         self._decode_context += job.prefill_tokens + 1
         self._decode_ranks += job.rank
@@ -562,6 +578,8 @@ class SimReplica:
         del self.jobs[request_id]
         job.generated = job.request.num_output_tokens
         self.policy.finish(request_id, now_s, job.generated)
+        assert job.admitted_s is not None and job.first_token_s is not None
+        self._recent.record(job.first_token_s - job.admitted_s, now_s - job.admitted_s)
         self._predictor.observe(job.features, job.generated)
         self._leave(job, "finished", now_s)
         self._dirty = True

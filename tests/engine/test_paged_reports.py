@@ -115,6 +115,27 @@ def test_report_arrives_as_the_policys_own_objects(
     assert not stats.take_events().waited, "taken once"
 
 
+def test_load_says_how_full_the_kv_pool_is_without_idle_adapters(engine: PagedEngine, demo: DemoPaths) -> None:
+    stats = LoadStats(engine.llm.vllm_config)
+
+    def kv_used_share() -> float:
+        report = StatsReporter(engine.memory).take()
+        assert report is not None
+        usage = engine.scheduler.kv_cache_manager.usage
+        stats.record(SchedulerStats(kv_connector_stats=report.data, kv_cache_usage=usage), None)
+        return stats.load(0.0).kv_used_share
+
+    engine.memory.evict_idle()
+    request = engine.add(PROMPT, engine.adapter(demo.adapters / demo.adapter_names()[8], "counted"), 40)
+    engine.run(lambda: len(engine.outcomes[request].tokens) > 2)
+    in_use = engine.num_blocks - engine.free_blocks()
+    assert in_use > engine.memory.cache.stats().blocks_held > 0
+    assert kv_used_share() == pytest.approx(in_use / engine.num_blocks, rel=0.01)
+    engine.settle()
+    assert engine.free_blocks() < engine.num_blocks
+    assert kv_used_share() == pytest.approx(0.0, abs=0.001)
+
+
 def test_waiting_requests_are_counted_by_what_they_wait_for(
     engine: PagedEngine, demo: DemoPaths, tmp_path: Path
 ) -> None:

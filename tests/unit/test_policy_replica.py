@@ -262,8 +262,6 @@ def test_misuse_raises_and_changes_nothing():
             call("r2", 0.0)
     with pytest.raises(QueueError, match="not running"):
         engine.policy.finish("r1", 0.0, 1)
-    with pytest.raises(QueueError, match="not running"):
-        engine.policy.first_token("r1", 0.0)
     with pytest.raises(QueueError, match="not the candidate"):
         engine.policy.admit("r1", 0.0)
     engine.policy.check()
@@ -282,18 +280,6 @@ def test_a_retired_adapter_serves_its_requests_and_is_forgotten():
     assert not engine.policy.cache.knows("a")
     engine.add(a=2)
     engine.policy.check()
-
-
-def test_load_reports_recent_service_and_prefill_times():
-    engine = Engine(20, max_running=4)
-    engine.arrive("r1")
-    engine.step(1.0)
-    engine.policy.first_token("r1", 1.25)
-    engine.finish("r1", 3.0)
-    engine.arrive("r2", now_s=3.0)
-    load = engine.policy.load(eviction_cost_s=0.5)
-    assert (load.ttft_s, load.service_s, load.eviction_cost_s) == (0.25, 2.0, 0.5)
-    assert (load.num_running, load.num_waiting, load.max_running) == (0, 1, 4)
 
 
 @pytest.mark.parametrize("discipline", ["chameleon", "fifo", "sjf", "static"])

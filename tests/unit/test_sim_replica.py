@@ -126,6 +126,28 @@ def test_requests_that_can_never_fit_are_refused():
     assert jobs["huge"].outcome == "refused"
 
 
+def test_load_reports_memory_in_use_without_idle_adapters_and_recent_times():
+    model = costs(memory={"pool_blocks": 100})
+    config = replica_config(model, PolicySettings(scheduling="fifo", predictor_accuracy=1.0))
+    replica = SimReplica(model, config, EngineMode(), OraclePredictor(1.0, Random(0), FOREVER), lambda job, now_s: None)
+    replica.add_adapter(A, Tier.HOST)
+    loads = []
+
+    def look(now_s):
+        loads.append(replica.load(now_s))
+        return ()
+
+    request = SimRequest("lora", 0.0, 20, 11, A)
+    run([(0.0, partial(replica.arrive, request)), (0.06, look), (1.0, look)])
+    # The load takes 5 ms, the prompt 22 ms, each of ten further steps 10.1 ms. At 60 ms the prompt holds 2 blocks, the
+    # output 1, and a, which is idle afterwards, 5.
+    running, idle = loads
+    assert (running.num_running, running.kv_used_share) == (1, 0.08)
+    assert replica.policy.cache.tiers()[A.digest] is Tier.GPU
+    assert (idle.num_running, idle.kv_used_share) == (0, 0.0)
+    assert (idle.ttft_s, idle.service_s) == (pytest.approx(0.022), pytest.approx(0.022 + 10 * 0.0101))
+
+
 def test_transfers_share_a_link():
     link, done = Link(100.0), {}
 

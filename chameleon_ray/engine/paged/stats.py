@@ -16,7 +16,8 @@ REPORT_INTERVAL_S = 0.1
 class AdapterStats(KVConnectorStats):
     """``data``: ``cache`` (``policy.cache_types.CacheStats``: totals and gauges), ``tiers`` (digest -> tier number of
     those that changed since the last report), ``failures`` (digest -> reason, all), ``seconds`` (``fetch`` and ``load``
-    durations since the last report), ``eviction_cost_s`` (what one more adapter would cost later requests), ``queues``
+    durations since the last report), ``eviction_cost_s`` (what one more adapter would cost later requests),
+    ``idle_blocks`` (``ReplicaPolicy.idle_blocks``), ``queues``
     (``policy.admission.QueuesState``), ``waited`` ((queue, queueing delay in s) of requests admitted since the last
     report), ``predictions`` (``policy.lengths.AccuracySnapshot``), ``waiting`` (``AdapterMemory.waiting``),
     ``oldest_waiting_s``, ``limits`` (``engine.report.MemoryLimits``), ``num_inspection_failures``. ``engine/report.py``
@@ -64,6 +65,7 @@ class StatsReporter:
         cache["evictions"] = {str(reason): count for reason, count in cache["evictions"].items()}
         report: dict[str, Any] = {"cache": cache, "failures": self._memory.failures()}
         report["eviction_cost_s"] = self._memory.eviction_cost_s()
+        report["idle_blocks"] = self._memory.policy.idle_blocks
         tiers = {digest: int(tier) for digest, tier in self._memory.cache.tiers().items()}
         report["tiers"] = {digest: tier for digest, tier in tiers.items() if self._tiers.get(digest) != tier}
         self._tiers = tiers
