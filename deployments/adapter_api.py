@@ -53,7 +53,7 @@ class AdapterApi:
         except CatalogConflictError:
             raise _already_loaded(name) from None
         await self._wait_until_seen(record.version)
-        logger.info("adapter %s (%s) loaded from %s", name, record.digest[:16], uri)
+        logger.info("adapter %s (%s) loaded from %s", name, record.id.short, uri)
         return f"Success: LoRA adapter '{name}' added successfully."
 
     async def unload(self, name: str) -> str:

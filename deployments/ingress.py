@@ -11,6 +11,7 @@ from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 
+from chameleon_ray.adapters.identity import AdapterId
 from chameleon_ray.config import AppConfig
 from chameleon_ray.placement import CatalogStore, ClusterView, shared_follower
 from deployments.adapter_api import AdapterApi
@@ -36,7 +37,7 @@ def placement_table(view: ClusterView, now_s: float) -> dict[str, Any]:
             "adapters": {
                 name: tier.name.lower()
                 for digest, tier in status.tiers.items()
-                for name in names.get(digest, [f"unloaded:{digest[:16]}"])
+                for name in names.get(digest, [f"unloaded:{AdapterId(digest).short}"])
             },
             "failed": dict(status.failed),
         }

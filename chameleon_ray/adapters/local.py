@@ -117,5 +117,5 @@ class LocalAdapters:
             hold.close()
             if isinstance(error, AdapterError):
                 self._failures[record.digest] = _Failure(error, self.clock() + self.retry_after_s)
-                logger.warning("Adapter %s (%s) cannot be served here: %s", record.name, record.digest[:16], error)
+                logger.warning("Adapter %s (%s) cannot be served here: %s", record.name, record.id.short, error)
             raise

@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from chameleon_ray.adapters.identity import AdapterId
+
 
 class AdapterRecord(BaseModel):
     """What the cluster knows about an adapter name: which content it stands for, and where that comes from.
@@ -24,3 +26,8 @@ class AdapterRecord(BaseModel):
     origin: Literal["config", "runtime"] = "config"
     fingerprint: str = Field(default="", description="cheap change mark of the source files (sizes and mtimes)")
     deleted: bool = Field(default=False, description="a tombstone: unloaded at run time, kept so that it stays so")
+
+    @property
+    def id(self) -> AdapterId:
+        """Which content the name stands for."""
+        return AdapterId(self.digest)

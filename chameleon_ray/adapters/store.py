@@ -14,7 +14,6 @@ import fcntl
 import hashlib
 import logging
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -29,6 +28,7 @@ from chameleon_ray.adapters.errors import (
     AdapterStoreError,
     AdapterTooLargeError,
 )
+from chameleon_ray.adapters.identity import DIGEST
 from chameleon_ray.adapters.sources import CONFIG_FILE, WEIGHTS_FILE, AdapterSource
 from chameleon_ray.adapters.validate import AdapterInfo
 
@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 Validator = Callable[[Path], AdapterInfo]
 
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 _TEMP, _TRASH = ".tmp-", ".trash-"
 _NEW_FOLDER_S = 60.0
 """A temporary folder younger than this is left alone: its maker may not have locked it yet."""
@@ -66,7 +65,7 @@ class AdapterStore:
 
     def path(self, digest: str) -> Path | None:
         """The folder of the adapter with this digest, or None when it is not here."""
-        if not _DIGEST.fullmatch(digest):
+        if not DIGEST.fullmatch(digest):
             raise ValueError(f"{digest!r} is not a SHA-256 digest in lower-case hex")
         folder = self._folder / digest
         return folder if folder.is_dir() else None
@@ -176,7 +175,7 @@ class AdapterStore:
         """(time of last use, bytes, folder) of each adapter."""
         entries = []
         for entry in os.scandir(self._folder):
-            if _DIGEST.fullmatch(entry.name):
+            if DIGEST.fullmatch(entry.name):
                 with suppress(FileNotFoundError):  # evicted by another process just now
                     entries.append((entry.stat().st_mtime, _folder_bytes(Path(entry.path)), Path(entry.path)))
         return entries

@@ -13,6 +13,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from chameleon_ray.adapters.identity import AdapterId
 from chameleon_ray.engine.refusals import raise_refused
 from chameleon_ray.policy.lengths import PREDICTED_TOKENS, LengthFeatures
 from chameleon_ray.predictor.encoder import CLIP_CHARACTERS, clip_prompt
@@ -76,7 +77,7 @@ class EstimatingLLM(AsyncLLM):
         token_ids = prompt["prompt_token_ids"]
         text = prompt.get("prompt")
         return LengthFeatures(
-            adapter_digest=None if lora is None else lora.lora_name.rpartition("@")[2],
+            adapter_digest=None if lora is None else _digest(lora.lora_name),
             num_prompt_tokens=len(token_ids),
             max_tokens=params.max_tokens,
             prompt_text=clip_prompt(text) if text is not None else self._decoded(token_ids),
@@ -113,6 +114,11 @@ class OutputProgress:
             EndedOutput(num_tokens, reason or "abort")
             for num_tokens, reason in zip(self._num_tokens, self._reasons, strict=True)
         ]
+
+
+def _digest(lora_name: str) -> str:
+    _, adapter_id = AdapterId.parse(lora_name)
+    return lora_name if adapter_id is None else adapter_id.digest
 
 
 def _has_tokens(prompt: Any) -> bool:

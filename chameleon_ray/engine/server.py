@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from chameleon_ray.adapters.errors import AdapterInvalidError
+from chameleon_ray.adapters.identity import AdapterId, AdapterNumbers
 from chameleon_ray.adapters.record import AdapterRecord
 from chameleon_ray.config import AppConfig
 from chameleon_ray.engine.estimating import EstimatingLLM
@@ -80,9 +80,8 @@ class EngineServer:
         self._app = app
         self._stats = stats
         self._rates = RequestRates()
-        self._lora_ids: dict[str, int] = {}
-        self._digests: dict[int, AdapterRecord] = {}
-        self._next_id = count(1)
+        self._numbers = AdapterNumbers()
+        self._records: dict[str, AdapterRecord] = {}
         self._accepted: set[str] = set()
         self._tiers: dict[str, Tier] = {}
         self._gpu_order: list[AdapterRecord] = []
@@ -172,13 +171,13 @@ class EngineServer:
         """Ask the engine's worker what its slots hold; adapters in KV memory are reported by the engine itself."""
         if self._config.engine.adapter_memory == "paged":
             known = {digest: tier for digest, tier in self._stats.adapter_tiers.items() if tier is not Tier.ABSENT}
-            self._tiers = {digest: known.get(digest[:16], Tier.DISK) for digest in self._accepted}
+            self._tiers = {digest: known.get(digest, Tier.DISK) for digest in self._accepted}
             return
         answers = await self._engine.collective_rpc("adapter_residency")
-        gpu_ids, host_ids = answers[0]
-        self._gpu_order = [self._digests[lora_id] for lora_id in gpu_ids if lora_id in self._digests]
-        tiers = {digest: Tier.DISK for digest in self._accepted}
-        tiers |= {self._digests[lora_id].digest: Tier.HOST for lora_id in host_ids if lora_id in self._digests}
+        in_gpu, in_host = ([self._numbers.digest(number) for number in numbers] for numbers in answers[0])
+        self._gpu_order = [self._records[digest] for digest in in_gpu if digest is not None]
+        tiers = dict.fromkeys(self._accepted, Tier.DISK)
+        tiers |= {digest: Tier.HOST for digest in in_host if digest is not None}
         tiers |= {record.digest: Tier.GPU for record in self._gpu_order}
         self._tiers = tiers
 
@@ -219,7 +218,7 @@ class EngineServer:
         if self._stats.report_age_s > self._config.adapters.retry_after_s:
             return {}
         reasons = self._stats.adapter_failures
-        return {digest: reasons[digest[:16]] for digest in self._accepted if digest[:16] in reasons}
+        return {digest: reasons[digest] for digest in self._accepted if digest in reasons}
 
     @property
     def is_dead(self) -> bool:
@@ -235,11 +234,12 @@ class EngineServer:
         self._engine.shutdown()
 
     def _lora_request(self, record: AdapterRecord, folder: Path) -> LoRARequest:
-        lora_id = self._lora_ids.get(record.digest)
-        if lora_id is None:
-            lora_id = self._lora_ids[record.digest] = next(self._next_id)
-            self._digests[lora_id] = record
-        return LoRARequest(lora_name=f"{record.name}@{record.digest[:16]}", lora_int_id=lora_id, lora_path=str(folder))
+        self._records[record.digest] = record
+        return LoRARequest(
+            lora_name=record.id.lora_name(record.name),
+            lora_int_id=self._numbers.number(record.digest),
+            lora_path=str(folder),
+        )
 
     def _eviction_cost_s(self) -> float:
         """Seconds of reloading that taking the next slot costs per second of waiting customers: the victim's rate
@@ -260,4 +260,4 @@ def _display_name(lora: LoRARequest) -> str:
     served = _served.get()
     if served is not None and served.lora.lora_int_id == lora.lora_int_id:
         return served.adapter
-    return lora.lora_name.rpartition("@")[0]
+    return AdapterId.parse(lora.lora_name)[0]

@@ -23,7 +23,7 @@ class LoadStats(StatLoggerBase):
         self.max_running = vllm_config.scheduler_config.max_num_seqs
         self.kv_used_share = 0.0
         self._recent = RecentRequests()
-        # Of adapters in KV memory (engine/paged/stats.py); digests are the short ones of LoRA names.
+        # Of adapters in KV memory (engine/paged/stats.py), by digest.
         self.report: PolicyReport | None = None
         self.reported_at_s = 0.0
         self.adapter_tiers: dict[str, Tier] = {}

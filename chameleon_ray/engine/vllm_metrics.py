@@ -8,6 +8,8 @@ from typing import Any
 from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 from vllm.v1.metrics.stats import SchedulerStats
 
+from chameleon_ray.adapters.identity import AdapterId
+
 
 class NamedAdaptersLogger(RayPrometheusStatLogger):
     """``vllm:lora_requests_info`` names ``my-adapter``, not ``my-adapter@<digest>``, and each label only those that run
@@ -29,5 +31,5 @@ def by_client_name(requests: Mapping[str, int]) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for name, number in sorted(requests.items()):
         if number:
-            counts[name.rpartition("@")[0] or name] += number
+            counts[AdapterId.parse(name)[0]] += number
     return dict(counts)

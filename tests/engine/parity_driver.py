@@ -18,6 +18,7 @@ from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from chameleon_ray.adapters.identity import AdapterId
 from chameleon_ray.engine.paged.checkpoint import AdapterSummary
 from chameleon_ray.engine.paged.memory import _Known
 from chameleon_ray.engine.paged.messages import ModelLayout, StepResults
@@ -134,14 +135,13 @@ class RealScheduler:
         self._requests = {request.request_id: request for request in requests}
         self._output: Any = None
         for number, adapter in enumerate(adapters, start=1):
-            name = f"{number}@{adapter.digest}"
-            self._loras[adapter.digest] = LoRARequest(name, number, "nowhere")
+            adapter_id = AdapterId(adapter.digest)
+            self._loras[adapter.digest] = LoRARequest(adapter_id.lora_name(str(number)), number, "nowhere")
             num_blocks = costs.adapter_blocks(adapter.size_bytes)
             summary = AdapterSummary(adapter.rank, (adapter.rank,), num_blocks, adapter.size_bytes)
-            known = _Known(adapter.digest, name, "nowhere", number, summary=summary)
-            self.memory._known[adapter.digest] = self.memory._by_number[number] = known
+            given = self.memory._numbers.number(adapter.digest)
+            self.memory._known[adapter.digest] = _Known(adapter_id, str(number), "nowhere", given, summary=summary)
             self.memory.policy.add_adapter(adapter, num_blocks)
-        self._numbers = {digest: lora.lora_int_id for digest, lora in self._loras.items()}
 
     def replay(self, events: Sequence[Event]) -> Recorder:
         """The decisions on these events; all books balance after every step."""
@@ -169,10 +169,10 @@ class RealScheduler:
         self.scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
 
     def _fetched(self, digest: str) -> None:
-        self._hear(StepResults(fetched=Counter({self._numbers[digest]: 1})))
+        self._hear(StepResults(fetched=Counter({self.memory._numbers.number(digest): 1})))
 
     def _loaded(self, digest: str) -> None:
-        self._hear(StepResults(loaded=Counter({self._numbers[digest]: 1})))
+        self._hear(StepResults(loaded=Counter({self.memory._numbers.number(digest): 1})))
 
     def _hear(self, results: StepResults) -> None:
         """At once: in the engine it comes with the step's output, before the arrivals that came meanwhile."""

@@ -136,7 +136,7 @@ def _check_log(logged: list[LoggedRequest]) -> None:
     assert {entry.finish_reason for entry in logged[:-1]} == {"length"}
     gone = logged[-1]
     assert gone.finish_reason == "abort" and 0 < gone.output_tokens < 400
-    assert [entry.adapter for entry in logged if entry.adapter] == [f"{ADAPTER}@0123456789abcdef"] * 2
+    assert [entry.adapter for entry in logged if entry.adapter] == [f"{ADAPTER}@{'0123456789abcdef' * 4}"] * 2
     assert all(entry.prompt_tokens > 0 and entry.max_tokens for entry in logged)
     chats = [entry.prompt for entry in logged if YES_NO in entry.prompt and entry.prompt != YES_NO]
     assert len(chats) == 2  # as the chat template renders it

@@ -82,7 +82,7 @@ def test_kv_burst_takes_idle_adapters_blocks_and_preempts_nobody_for_them(engine
     assert engine.memory.cache.stats().evictions[EvictReason.KV_PRESSURE] > before
     # What is left is what the running request references, and it has not been disturbed.
     [own] = [known for known in engine.memory._known.values() if known.blocks]
-    assert own.name.startswith(demo.adapter_names()[3] + "@")
+    assert own.name == demo.adapter_names()[3]
     assert min(least) == len(own.blocks) < held
     assert with_adapters <= without_adapters + 2  # The referenced adapter's own blocks are missing in this run.
     engine.finish([referenced])

@@ -18,6 +18,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.metrics.stats import SchedulerStats
 
 from chameleon_ray.adapters.errors import AdapterLoadError, AdapterNoRoomError, AdapterRetryLaterError
+from chameleon_ray.adapters.identity import AdapterId
 from chameleon_ray.adapters.record import AdapterRecord
 from chameleon_ray.config import AppConfig
 from chameleon_ray.demo import DemoPaths
@@ -59,10 +60,9 @@ def test_vllms_metrics_name_running_adapters(engine: PagedEngine, demo: DemoPath
 
 
 def test_adapters_are_named_as_by_clients_and_only_where_they_have_requests() -> None:
-    assert by_client_name({"b@0123456789abcdef": 2, "b@fedcba9876543210": 1, "a": 1, "gone@0123456789abcdef": 0}) == {
-        "a": 1,
-        "b": 3,
-    }
+    old, new = (AdapterId(digit * 64) for digit in "01")
+    requests = {old.lora_name("b"): 2, new.lora_name("b"): 1, "a": 1, old.lora_name("gone"): 0}
+    assert by_client_name(requests) == {"a": 1, "b": 3}
 
 
 def test_report_arrives_as_the_policys_own_objects(

@@ -33,7 +33,7 @@ NUM_REQUESTS = 260
 
 def adapters() -> list[Adapter]:
     ranks = [RANKS[number % len(RANKS)] for number in range(25)]
-    return [Adapter(f"{number:016x}", rank, rank * 4000) for number, rank in enumerate(ranks)]
+    return [Adapter(f"{number:064x}", rank, rank * 4000) for number, rank in enumerate(ranks)]
 
 
 def requests(rng: Random, known: list[Adapter]) -> list[SimRequest]:

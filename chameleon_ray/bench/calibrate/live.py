@@ -12,6 +12,7 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from chameleon_ray.adapters.identity import AdapterId
 from chameleon_ray.bench.calibrate.measured import CalibrationError
 from chameleon_ray.engine.paged.checkpoint import summarise
 from chameleon_ray.engine.paged.memory import AdapterMemory
@@ -137,7 +138,7 @@ class LiveEngine:
         except (ValueError, OSError) as error:
             raise CalibrationError(f"the adapter in {folder} cannot be used: {error}") from None
         number = next(self._numbers)
-        lora = LoRARequest(f"{folder.name}@{number:016x}", number, str(folder))
+        lora = LoRARequest(AdapterId(f"{number:064x}").lora_name(folder.name), number, str(folder))
         return LiveAdapter(lora, summary.rank, summary.size_bytes)
 
     def add(self, prompt_tokens: int, output_tokens: int, adapter: LiveAdapter | None = None) -> Request:

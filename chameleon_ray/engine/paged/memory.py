@@ -18,8 +18,9 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request, RequestStatus
 
+from chameleon_ray.adapters.identity import AdapterId, AdapterNumbers
 from chameleon_ray.engine.paged.checkpoint import AdapterSummary, summarise
-from chameleon_ray.engine.paged.identity import identified
+from chameleon_ray.engine.paged.identity import identify
 from chameleon_ray.engine.paged.messages import Fetch, Load, ModelLayout, Refusal, StepOrders, StepResults
 from chameleon_ray.engine.paged.options import EngineLimits, PagedSettings
 from chameleon_ray.engine.report import WAITING_FOR, MemoryLimits
@@ -51,7 +52,7 @@ class _Known:
     has ended well; from then on the policy knows the adapter. reason, retry_at_s: once it has ended badly.
     """
 
-    digest: str
+    id: AdapterId
     name: str
     path: str
     number: int
@@ -61,6 +62,10 @@ class _Known:
     reason: str = ""
     retry_at_s: float = float("-inf")
     blocks: list[KVCacheBlock] = field(default_factory=list)
+
+    @property
+    def digest(self) -> str:
+        return self.id.digest
 
 
 @dataclass(slots=True)
@@ -111,7 +116,7 @@ class AdapterMemory:
         self._predictor = HistoryPredictor(limits.max_model_len)
         self._clock = clock
         self._known: dict[str, _Known] = {}
-        self._by_number: dict[int, _Known] = {}
+        self._numbers = AdapterNumbers()
         self._live: dict[str, _Live] = {}
         self._failed: dict[str, Refusal] = {}
         self._inspecting: list[_Known] = []
@@ -226,7 +231,7 @@ class AdapterMemory:
             finished.update(counts)
             for number in [number for number in counts if finished[number] == self._num_ranks]:
                 del finished[number]
-                self._end_work(what, self._by_number[number], self._errors.pop(number, None))
+                self._end_work(what, self._numbered(number), self._errors.pop(number, None))
 
     # State
 
@@ -322,16 +327,22 @@ class AdapterMemory:
         self._inspector.shutdown(wait=False, cancel_futures=True)
 
     def _identify(self, request: Request, lora: LoRARequest) -> _Known:
-        digest, name = identified(lora)
-        known = self._known.get(digest)
+        name, adapter_id = identify(lora)
+        known = self._known.get(adapter_id.digest)
         if known is None:
-            known = self._known[digest] = _Known(digest, name, lora.lora_path, len(self._known) + 1)
-            self._by_number[known.number] = known
-        request.lora_request = LoRARequest(name, known.number, lora.lora_path)
-        if name != lora.lora_name:  # The prefix cache's keys contain the name.
+            number = self._numbers.number(adapter_id.digest)
+            known = self._known[adapter_id.digest] = _Known(adapter_id, name, lora.lora_path, number)
+        lora_name = adapter_id.lora_name(name)
+        request.lora_request = LoRARequest(lora_name, known.number, lora.lora_path)
+        if lora_name != lora.lora_name:  # The prefix cache's keys contain the name.
             request.block_hashes = []
             request.update_block_hashes()
         return known
+
+    def _numbered(self, number: int) -> _Known:
+        digest = self._numbers.digest(number)
+        assert digest is not None, f"workers report of number {number}, which no adapter has"
+        return self._known[digest]
 
     def _arrive(self, request_id: str) -> None:
         """Queue a live request, at once or when its adapter has been inspected; or fail it."""
@@ -426,7 +437,7 @@ class AdapterMemory:
         self._orders.drop.append(known.number)  # Other ranks may have succeeded.
 
     def _refused(self, known: _Known, reason: str) -> str:
-        reason = f"adapter {known.name!r} cannot be used: {reason}"
+        reason = f"adapter {known.name!r} ({known.id.short}) cannot be used: {reason}"
         logger.error("%s", reason)
         return reason
 
