@@ -52,19 +52,20 @@ class EngineConfig(_Section):
     adapter_policy: Literal["chameleon", "fairshare", "lru", "gdsf", "discard"] = Field(
         default="chameleon", description="`paged`: which idle adapters leave first"
     )
-    scheduler: Literal["chameleon", "fifo", "sjf", "static"] = Field(
+    scheduler: Literal["chameleon", "paper", "fifo", "sjf", "static"] = Field(
         default="chameleon",
-        description="`paged`: which waiting request runs next; `chameleon`: queues by size with measured quotas",
+        description="`paged`: which waiting request runs next; `chameleon`: queues by size in one order, "
+        "`paper`: queues with quotas",
     )
     scheduler_slo_s: PositiveFloat | None = Field(
-        default=None, description="`chameleon`: the SLO that quotas aim at, in seconds; default: five mean durations"
+        default=None, description="`paper`: the SLO that quotas aim at, in seconds; default: five mean durations"
     )
     scheduler_refresh_s: PositiveFloat = Field(
         default=300.0,
-        description="`chameleon`: pause between measurements of queues and quotas, a fifth of it while requests wait",
+        description="pause between measurements of queues and quotas, a fifth of it while requests wait",
     )
     scheduler_max_queues: Annotated[int, Field(ge=1, le=4)] = Field(
-        default=4, description="`chameleon`: most queues that requests are split into"
+        default=4, description="`chameleon`, `paper`: most queues that requests are split into"
     )
     request_size: Literal["product", "sum"] = Field(
         default="product", description="weighted request size: the paper's, or the sum of its three terms"

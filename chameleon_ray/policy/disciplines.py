@@ -64,12 +64,13 @@ class Discipline:
     """One scheduling policy.
 
     layout: queues from recent traffic. shortest_first: order inside a queue by size instead of seniority.
-    bypass: rule 5 applies.
+    bypass: rule 5 applies. boosted: rule 8 instead of rule 3.
     """
 
     layout: Callable[[LoadWindow, Scales, QueueOptions, float], Layout]
     shortest_first: bool = False
     bypass: bool = False
+    boosted: bool = False
 
 
 def _measured_queues(window: LoadWindow, scales: Scales, options: QueueOptions, now_s: float) -> Layout:
@@ -103,6 +104,14 @@ def _cutoffs_and_loads(
     return (), window.loads((), scales, now_s)
 
 
+def _measured_classes(window: LoadWindow, scales: Scales, options: QueueOptions, now_s: float) -> Layout:
+    cutoffs: tuple[float, ...] = ()
+    if window.num_arrived >= _MIN_SAMPLES:
+        cutoffs = cluster(window.sizes(scales), options.max_queues, options.k_rule).cutoffs
+    unlimited = (UNLIMITED,) * (len(cutoffs) + 1)
+    return Layout(cutoffs, unlimited, unlimited)
+
+
 def _one_queue(window: LoadWindow, scales: Scales, options: QueueOptions, now_s: float) -> Layout:
     return Layout((), (UNLIMITED,), (UNLIMITED,))
 
@@ -114,10 +123,12 @@ def _equal_queues(window: LoadWindow, scales: Scales, options: QueueOptions, now
 
 
 DISCIPLINES = {
-    "chameleon": Discipline(_measured_queues, bypass=True),
+    "chameleon": Discipline(_measured_classes, bypass=True, boosted=True),
+    "paper": Discipline(_measured_queues, bypass=True),
     "fifo": Discipline(_one_queue),
     "sjf": Discipline(_one_queue, shortest_first=True),
     "static": Discipline(_equal_queues, bypass=True),
 }
-"""``chameleon``: queues and quotas measured. ``static``: four queues of equal width in size and equal quota.
+"""``chameleon``: queues measured, without quotas, in one order. ``paper``: queues and quotas measured.
+``static``: four queues of equal width in size and equal quota.
 ``fifo``, ``sjf``: one queue, limited by memory alone. SJF goes by predicted size, and does starve large requests."""

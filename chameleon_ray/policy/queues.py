@@ -20,6 +20,9 @@ The rules
 7. Queues and quotas are measured anew every ``refresh_s``, the paper's T_refresh; while requests wait, after a fifth of
    it: old quotas cost nothing until somebody waits, and then more than a queue near saturation can bear
    (docs/simulator.md). Before the first window of traffic is full, also whenever arrivals have doubled.
+8. ``chameleon`` reserves nothing for any queue: every step takes, among the queues' heads, the one whose boosted
+   arrival (``ordering.py``) is earliest. A request without adapter room is bypassed by rule 5 from all queues, one
+   without KV memory by nobody. The boost is bounded, so that rule 6 is left for requests without adapter room.
 """
 
 from collections.abc import Iterator
@@ -27,8 +30,9 @@ from math import inf
 
 from chameleon_ray.policy.admission import AdapterRoom, Admission, Admitted, Obstacle, QueuesState, QueueState
 from chameleon_ray.policy.bypass import Bypasses
-from chameleon_ray.policy.disciplines import DISCIPLINES, Layout, QueueOptions
+from chameleon_ray.policy.disciplines import DISCIPLINES, UNLIMITED, Layout, QueueOptions
 from chameleon_ray.policy.load_window import LoadWindow
+from chameleon_ray.policy.ordering import BoostedOrder
 from chameleon_ray.policy.queue_set import QueueSet
 from chameleon_ray.policy.size_queue import Entry, Place, SizeQueue
 from chameleon_ray.policy.sizing import QueuedRequest, adapter_tokens, queue_of, request_size
@@ -60,6 +64,7 @@ class RequestQueues:
         self._options = options
         self._room = room
         self._window = LoadWindow(options.sizing)
+        self._boosted = BoostedOrder()
         self._scales = self._window.scales()
         self._layout = self._discipline.layout(self._window, self._scales, options, 0.0)
         self._set = QueueSet(self._layout, options.max_running)
@@ -115,6 +120,11 @@ class RequestQueues:
             entry.own_adapter_tokens = adapter_tokens(request.adapter, self._options.sizing)
         self._price(entry)
         self._window.arrived(request, now_s)
+        entry.order_s = now_s
+        if self._discipline.boosted:
+            num_tokens = request.num_prompt_tokens + request.num_predicted_tokens + entry.own_adapter_tokens
+            entry.order_s = self._boosted.boosted_s(now_s, num_tokens)
+            self._boosted.arrived(num_tokens)
         self._classify(entry)
         self._set.enter(entry)
 
@@ -135,8 +145,12 @@ class RequestQueues:
         held = self._most_overtaken()
         self._num_holds += held is not None and held is not self._held
         self._held = held
-        self._unreached = list(self._set.queues) if held is None else []
-        self._walk = self._offer_all() if held is None else self._offer_only(held)
+        if held is not None:
+            self._unreached, self._walk = [], self._offer_only(held)
+        elif self._discipline.boosted:
+            self._unreached, self._walk = [], self._offer_in_order()
+        else:
+            self._unreached, self._walk = list(self._set.queues), self._offer_all()
 
     def peek(self) -> QueuedRequest | None:
         """The next candidate of this step, the same until it is admitted, passed over or gone; None: no more."""
@@ -148,6 +162,7 @@ class RequestQueues:
         """The candidate runs from now on and borrows its tokens. Raises QueueError for any other request."""
         entry = self._decide(request_id, None)
         waited_s = self._now_s - entry.waiting_since_s
+        self._boosted.admitted(waited_s)
         self._set.run(entry, self._now_s)
         self._num_admissions += 1
         self._bypasses.forget(entry)
@@ -259,12 +274,13 @@ class RequestQueues:
         entry.size = request_size(entry.request, self._scales, self._options.sizing)
         entry.queue = self._set.queues[queue_of(entry.size, self._layout.cutoffs)]
         priority = min(max(entry.request.priority, -_MAX_PRIORITY), _MAX_PRIORITY)
-        seniority_s = entry.arrival_s + priority * self._options.priority_s
+        seniority_s = entry.order_s + priority * self._options.priority_s
         entry.order = (entry.size if self._discipline.shortest_first else seniority_s, entry.arrival)
 
     def _end_step(self) -> None:
         """Requests that the driver's capacity did not reach are stuck: they must not be left out for ever (rule 6)."""
-        for entry in (self._candidate, *(queue.first() for queue in self._unreached)):
+        undecided = None if self._discipline.boosted else self._candidate
+        for entry in (undecided, *(queue.first() for queue in self._unreached)):
             if entry is not None and self._waits_for_others(entry):
                 entry.queue.note_stuck(entry)
         self._candidate, self._walk, self._unreached = None, iter(()), []
@@ -296,6 +312,28 @@ class RequestQueues:
         for queue in self._set.queues:
             if queue.resume is not None and queue.resume.place is Place.WAITING:
                 yield from self._offer_queue(queue, queue.index_of(queue.resume.order), spare=True)
+
+    def _offer_in_order(self) -> Iterator[Entry]:
+        """Rule 8."""
+        self._head = None
+        queues = self._set.queues
+        for queue in queues:
+            queue.stuck.clear()
+        looks = _MAX_LOOKS
+        following = [queue.first() for queue in queues]
+        while looks > 0 and any(following):
+            entry = min((one for one in following if one is not None), key=lambda one: one.order)
+            queue, order = entry.queue, entry.order
+            if entry.place is Place.WAITING:
+                obstacle = self._obstacle(entry, UNLIMITED)
+                if obstacle is None:
+                    yield entry
+                    obstacle = self._outcome
+                if obstacle is not None and not self._goes_on_behind(entry, queue, obstacle, spare=False):
+                    break
+                looks -= obstacle in (Obstacle.LOADING, Obstacle.NO_ROOM, Obstacle.NO_BYPASS)
+            following[queue.index] = queue.after(order)
+        self._head = None
 
     def _offer_nobody(self) -> Iterator[Entry]:
         self._unreached.clear()

@@ -35,7 +35,8 @@ class Entry:
     arrival: number of the request, in order of arrival.
     tokens, adapter_tokens: what it borrows while it runs, and the part of it that is for its adapter.
     own_adapter_tokens: that part if nobody else used the adapter.
-    size: its WRS by the scales in force. admitted_s: when it last began to run.
+    size: its WRS by the scales in force. order_s: when it arrived, boosted where that is the order.
+    admitted_s: when it last began to run.
     waiting_since_s: when it arrived or last came back.
     overtaken: requests admitted while only capacity, not its queue's quota, kept it waiting.
     was_ready: its adapter was resident while it waited. was_squashed: it lost a bypass once.
@@ -50,6 +51,7 @@ class Entry:
     adapter_tokens: int = 0
     own_adapter_tokens: int = 0
     size: float = 0.0
+    order_s: float = 0.0
     order: Order = (0.0, 0)
     place: Place = Place.WAITING
     waiting_since_s: float = 0.0
@@ -116,6 +118,10 @@ class SizeQueue:
     def index_of(self, order: Order) -> int:
         """The position of the request at that place, or of the first one behind it."""
         return bisect_left(self._waiting, order)
+
+    def after(self, order: Order) -> Entry | None:
+        """The first waiting request behind that place."""
+        return self.at(self.index_of((order[0], order[1] + 1)))
 
     def note_stuck(self, entry: Entry) -> None:
         """Capacity rather than quota keeps the request waiting in this step."""

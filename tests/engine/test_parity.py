@@ -48,7 +48,7 @@ def requests(rng: Random, known: list[Adapter]) -> list[SimRequest]:
     return made
 
 
-@pytest.mark.parametrize("scheduler", ["chameleon", "fifo", "sjf", "static"])
+@pytest.mark.parametrize("scheduler", ["chameleon", "paper", "fifo", "sjf", "static"])
 def test_one_record_of_events_leads_to_the_same_decisions(demo: DemoPaths, scheduler: str) -> None:
     rng = Random(f"parity {scheduler}")
     known = adapters()

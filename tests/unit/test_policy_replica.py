@@ -282,7 +282,7 @@ def test_a_retired_adapter_serves_its_requests_and_is_forgotten():
     engine.policy.check()
 
 
-@pytest.mark.parametrize("discipline", ["chameleon", "fifo", "sjf", "static"])
+@pytest.mark.parametrize("discipline", ["chameleon", "paper", "fifo", "sjf", "static"])
 @pytest.mark.parametrize("policy", ["chameleon", "discard"])
 def test_random_histories_keep_every_request_and_every_block(discipline, policy):
     rng = random.Random(f"{discipline}-{policy}")

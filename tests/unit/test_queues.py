@@ -3,7 +3,7 @@ from queue_room import SIZING, Room, queues, request, step
 
 from chameleon_ray.policy.adapter import Adapter
 from chameleon_ray.policy.admission import Admission, Obstacle
-from chameleon_ray.policy.disciplines import QueueOptions
+from chameleon_ray.policy.disciplines import UNLIMITED, QueueOptions
 from chameleon_ray.policy.queues import QueueError
 from chameleon_ray.policy.sizing import SizingOptions
 
@@ -485,8 +485,44 @@ def test_static_has_four_equal_queues_for_ever():
     assert layout.cutoffs == (0.25, 0.5, 0.75) and layout.quotas == (300,) * 4
 
 
-def test_chameleon_learns_its_queues_from_traffic():
-    waiting = queues("chameleon", total_tokens=10_000)
+def busy_chameleon(**options):
+    """Queues by size (20 and 180 tokens, typical 60), in which requests have waited for 20 s on average."""
+    waiting = queues("chameleon", total_tokens=100, **options)
+    for number in range(200):
+        add(waiting, request(f"a{number}", 20), request(f"z{number}", 180), now_s=number)
+    while waiting.num_waiting:
+        for admitted in step(waiting, 600.0, max_admitted=1):
+            waiting.finish(admitted, 600.0, 10)
+    return waiting
+
+
+def test_chameleon_takes_the_earliest_boosted_arrival_of_all_queues():
+    waiting = busy_chameleon()
+    assert len(waiting.state().queues) == 2
+    add(waiting, request("large", 180), now_s=1000.0)
+    add(waiting, request("old small", 20), now_s=1000.1)
+    add(waiting, request("second large", 180), now_s=1000.2)
+    add(waiting, request("small", 20), now_s=1001.0)
+    add(waiting, request("late small", 20), now_s=2000.0)
+    assert step(waiting, 2000.0) == ["old small", "small", "large", "second large", "late small"]
+
+
+def test_chameleon_reserves_nothing_for_a_queue():
+    waiting = busy_chameleon()
+    add(waiting, request("waits", 180, "x"), *many("a", 10, 20), now_s=1000.0)
+    assert len(step(waiting, 1000.0, obstacles={"waits": Obstacle.NOT_READY})) == 10
+    assert {queue.quota_tokens for queue in waiting.state().queues} == {UNLIMITED}
+
+
+def test_chameleons_order_stops_at_a_request_without_kv_memory():
+    waiting = busy_chameleon()
+    add(waiting, request("large", 180), now_s=1000.0)
+    add(waiting, request("small", 20), now_s=1500.0)
+    assert step(waiting, 1500.0, obstacles={"large": Obstacle.NO_MEMORY}) == []
+
+
+def test_paper_learns_its_queues_from_traffic():
+    waiting = queues("paper", total_tokens=10_000)
     assert len(waiting.state().queues) == 1
     for number in range(40):
         add(waiting, request(f"a{number}", 20), request(f"z{number}", 180), now_s=number * 0.1)
@@ -498,9 +534,9 @@ def test_chameleon_learns_its_queues_from_traffic():
     assert [queue.quota_tokens for queue in state.queues] == [1000, 9000]
 
 
-def test_chameleon_has_no_queue_that_its_largest_request_does_not_fit():
+def test_paper_has_no_queue_that_its_largest_request_does_not_fit():
     def quotas(total_tokens):
-        waiting = queues("chameleon", total_tokens=total_tokens)
+        waiting = queues("paper", total_tokens=total_tokens)
         for number in range(40):
             add(waiting, request(f"a{number}", 20), request(f"z{number}", 180), now_s=number * 0.1)
         return waiting.refresh(4.0).quotas
@@ -509,15 +545,15 @@ def test_chameleon_has_no_queue_that_its_largest_request_does_not_fit():
     assert quotas(199) == (199,)
 
 
-def test_chameleon_reports_quotas_that_cannot_hold_the_slo():
-    waiting = queues("chameleon", total_tokens=100, slo_s=1.0)
+def test_paper_reports_quotas_that_cannot_hold_the_slo():
+    waiting = queues("paper", total_tokens=100, slo_s=1.0)
     add(waiting, *many("a", 100, 200), now_s=0.0)
     waiting.begin_step(1.0)
     assert 0 < waiting.state().minima_scale < 1
 
 
 def test_unknown_discipline_names_the_choices():
-    with pytest.raises(QueueError, match="chameleon, fifo, sjf, static"):
+    with pytest.raises(QueueError, match="chameleon, paper, fifo, sjf, static"):
         queues("lifo")
 
 
@@ -540,7 +576,7 @@ def test_priority_orders_equals_and_is_worth_bounded_seniority():
 
 
 def test_refresh_moves_waiting_requests_in_order_and_comes_early_while_they_wait():
-    waiting = queues("chameleon", total_tokens=300)
+    waiting = queues("paper", total_tokens=300)
     for number in range(64):
         add(waiting, request(f"r{number}", 20 if number % 2 else 180), now_s=number * 0.01)
     step(waiting, 1.0)

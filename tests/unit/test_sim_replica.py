@@ -204,7 +204,7 @@ def test_one_seat_is_the_single_server_queue_of_theory(name, draw, second_moment
     assert measured_s == pytest.approx(waits_s[:simulated], abs=1e-6)
 
 
-@pytest.mark.parametrize("scheduling", ["chameleon", "fifo", "sjf", "static"])
+@pytest.mark.parametrize("scheduling", ["chameleon", "paper", "fifo", "sjf", "static"])
 @pytest.mark.parametrize("reserve", [True, False])
 def test_everything_adds_up_after_every_step_when_memory_is_short(scheduling, reserve):
     model = CostModel.model_validate(
@@ -248,7 +248,7 @@ def test_everything_adds_up_after_every_step_when_memory_is_short(scheduling, re
     assert summary["finished"] == summary["requests"] == result.num_requests > 50
     assert summary["loads"] > 10
     # Quotas leave too much of the memory unused for it to run out.
-    assert reserve or scheduling in ("chameleon", "static") or summary["preemptions"] > 0
+    assert reserve or scheduling in ("paper", "static") or summary["preemptions"] > 0
 
 
 @pytest.mark.parametrize("scheduling", ["chameleon", "fifo"])
