@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # So that it runs from a checkout.
 
 from chameleon_kernels import LoraBatch, apply_lora, cpu_implementation, reference
-from chameleon_kernels.layout import slice_shapes
+from chameleon_kernels.layout import piece_spans, slice_shapes
 from chameleon_kernels.testing import DEMO_SHAPES, TOLERANCE, Layer, make_batch, make_layer
 
 try:
@@ -38,8 +39,8 @@ LLAMA_8B_SHAPES = {
     "gate_up_proj": (4096, (14336, 14336)),
     "down_proj": (14336, (4096,)),
 }
-# Layer shapes, and the elements of a page: for the 8B model the keys, or the values, of a block of 16 tokens.
-MODELS = {"demo": (DEMO_SHAPES, 4096), "llama-8b": (LLAMA_8B_SHAPES, 16384)}
+# Layer shapes, and the elements of a page: for the 8B model the keys and values of a block of 16 tokens.
+MODELS = {"demo": (DEMO_SHAPES, 4096), "llama-8b": (LLAMA_8B_SHAPES, 32768)}
 RANK_MIX = [8, 16, 32, 64, 128]
 CASES = {"32 tokens, 8 adapters": (32, 8), "64 tokens, 64 adapters": (64, 64), "512 tokens, 8 adapters": (512, 8)}
 
@@ -109,12 +110,12 @@ def padded_slots(work: Work) -> dict[tuple[int, str], list[tuple[torch.Tensor, t
     for layer in work.layers:
         for name, part in layer.parts.items():
             pairs = []
-            for s, width in enumerate(part.slice_widths, start=part.first_slice):
+            for s, width in enumerate(part.slice_widths):
                 a = torch.zeros(len(layer.adapters), 1, max_rank, part.in_features).to(layer.kv)
                 b = torch.zeros(len(layer.adapters), 1, width, max_rank).to(layer.kv)
                 for slot, adapter in enumerate(layer.adapters):
-                    a[slot, 0, : adapter.rank] = reference.gather_rows(adapter, s, 0, part.in_features, layer.kv)
-                    b[slot, 0, :, : adapter.rank] = reference.gather_rows(adapter, s, 1, width, layer.kv).T
+                    a[slot, 0, : adapter.rank] = reference.gather_rows(adapter, part, s, 0, layer.kv)
+                    b[slot, 0, :, : adapter.rank] = reference.gather_rows(adapter, part, s, 1, layer.kv).T
                 pairs.append((a, b))
             slots[layer.kv.data_ptr(), name] = pairs
     return slots
@@ -166,12 +167,13 @@ def own_padded_step(work: Work, args: argparse.Namespace) -> Step:
     layer = make_layer([max_rank] * num_adapters, shapes, page_elems, work.layers[0].kv.dtype, args.device)
     memory = layer.kv.view(-1)
     for padded, adapter in zip(layer.adapters, work.layers[0].adapters, strict=True):
-        for s, widths in enumerate(slice_shapes(list(layer.parts.values()))):
-            for side, width in enumerate(widths):
-                index = padded.offsets[s, side, :, None] + torch.arange(width, device=memory.device)
-                memory[index] = 0
-                rows = reference.gather_rows(adapter, s, side, width, work.layers[0].kv)
-                memory[index[: adapter.rank]] = rows
+        slices = [(part, nth) for part in layer.parts.values() for nth in range(part.num_slices)]
+        for (part, nth), side in product(slices, (0, 1)):
+            rows = reference.gather_rows(adapter, part, nth, side, work.layers[0].kv)
+            filled = torch.cat([rows, rows.new_zeros(max_rank - len(rows), rows.shape[1])])
+            offsets = padded.offsets[part.first_slice + nth, side]
+            for piece, (begin, end) in enumerate(piece_spans(rows.shape[1], part.piece_elems)):
+                memory[offsets[piece, :, None] + torch.arange(end - begin, device=memory.device)] = filled[:, begin:end]
     layers = [layer, *(replace(layer, kv=layer.kv.clone()) for _ in range(len(work.layers) - 1))]
     batch = make_batch(layer, [token % num_adapters for token in range(work.num_tokens)])
     return paged_step(Work(layers, batch, work.x, work.y))

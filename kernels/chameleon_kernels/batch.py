@@ -6,7 +6,7 @@ the graph, before the step, on the stream that runs the step.
 
 Regions of the tensor (S = max_adapters, T = max_tokens; `BatchSpec.regions` gives the starts, csrc repeats them):
     counts    8     number of segments, small tiles, large tiles; the rest unused
-    table     S     address of the segment's row-offset table (int64 [num_slices, 2, rank])
+    table     S     address of the segment's row-offset table (int64 [num_slices, 2, num_pieces, rank])
     rank      S     rank of the segment's adapter
     start     S     first position of the segment in `tokens`
     len       S     number of tokens of the segment
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from chameleon_kernels.layout import AdapterRows
+from chameleon_kernels.rows import AdapterRows
 
 SMALL_TILE = 16
 LARGE_TILE = 64
@@ -31,14 +31,12 @@ NUM_COUNTS = 8
 @dataclass(frozen=True, slots=True)
 class BatchSpec:
     """The fixed bounds of a step. `max_adapters`: distinct adapters in one step; `max_rank`: a sanity bound, it sizes
-    scratch memory but costs no work. `aligned`: all rows begin at multiples of 8 elements, which lets GPU loads be
-    16 bytes wide; `LoraBatch.update` refuses adapters that break it.
+    scratch memory but costs no work.
     """
 
     max_tokens: int
     max_adapters: int
     max_rank: int = 256
-    aligned: bool = True
 
     def __post_init__(self) -> None:
         if min(self.max_tokens, self.max_adapters, self.max_rank) < 1:
@@ -121,8 +119,6 @@ class LoraBatch:
         for adapter in adapters:
             if adapter.rank > self.spec.max_rank:
                 raise ValueError(f"adapter rank {adapter.rank} exceeds the configured bound of {self.spec.max_rank}")
-            if self.spec.aligned and not adapter.aligned:
-                raise ValueError("adapter rows are not 8-element aligned; build the batch with aligned=False")
             if adapter.offsets.device.type != self.meta.device.type:
                 raise ValueError(f"adapter table on {adapter.offsets.device}, batch on {self.meta.device}")
 

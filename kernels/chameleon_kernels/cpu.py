@@ -7,7 +7,8 @@ import torch
 
 from chameleon_kernels.batch import LoraBatch
 from chameleon_kernels.cpu_build import load_library
-from chameleon_kernels.layout import Part, run_views
+from chameleon_kernels.layout import Part
+from chameleon_kernels.rows import run_views
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SHRINK, EXPAND = 1, 2
@@ -43,6 +44,8 @@ def compiled(
         part.first_slice,
         len(part.slice_widths),
         part.in_features,
+        part.piece_elems,
+        part.num_pieces,
         _c_widths(part.slice_widths),
         *((h.data_ptr(), h.stride(1), h.stride(2)) if h is not None else (None, 0, 0)),
         DTYPE_CODES[tokens.dtype],
@@ -59,15 +62,19 @@ def _c_widths(widths: tuple[int, ...]) -> ctypes.Array:
 
 
 def small_gemms(y: torch.Tensor, x: torch.Tensor, kv: torch.Tensor, batch: LoraBatch, part: Part) -> None:
-    """y += LoRA(x) with torch alone: one pair of float32 GEMMs per adapter and slice, on copies of its rows."""
+    """y += LoRA(x) with torch alone: float32 GEMMs per adapter and slice, on copies of its rows."""
     for tokens, adapter in batch.segments():
         rows = x[tokens].float()
         out_start = 0
         for s, width in enumerate(part.slice_widths, start=part.first_slice):
             a_offsets, b_offsets = adapter.offsets[s].numpy()
-            a = [view.float() for _, view in run_views(a_offsets, part.in_features, kv)]
-            if a:
-                b = [view.float() for _, view in run_views(b_offsets, width, kv)]
+            rank = int((a_offsets[0] >= 0).sum())
+            if rank:
+                h, delta = torch.zeros(len(rows), rank), torch.zeros(len(rows), width)
+                for row, column, a in run_views(a_offsets, part.in_features, part.piece_elems, kv):
+                    h[:, row : row + len(a)] += rows[:, column : column + a.shape[1]] @ a.float().T
+                for row, column, b in run_views(b_offsets, width, part.piece_elems, kv):
+                    delta[:, column : column + b.shape[1]] += h[:, row : row + len(b)] @ b.float()
                 out = y[:, out_start : out_start + width]
-                out[tokens] = (out[tokens] + (rows @ torch.cat(a).T) @ torch.cat(b)).to(y.dtype)
+                out[tokens] = (out[tokens] + delta).to(y.dtype)
             out_start += width

@@ -82,7 +82,7 @@ def load(path: Path) -> ctypes.CDLL:
     library.chameleon_paged_lora.argtypes = [
         *(integer, pointer, long, pointer, long, pointer),  # steps, x, x_stride, y, y_stride, kv
         *(pointer, long, long),  # meta, max_adapters, num_tokens
-        *(long, long, long, pointer),  # first_slice, num_slices, in_features, widths
+        *(long, long, long, long, long, pointer),  # first_slice .. num_pieces, widths
         *(pointer, long, long),  # h, h_slice_stride, h_token_stride
         *(integer, integer, integer),  # x_dtype, w_dtype, num_threads
     ]

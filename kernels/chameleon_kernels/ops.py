@@ -30,8 +30,11 @@ def apply_lora(y: torch.Tensor, x: torch.Tensor, kv: torch.Tensor, batch: LoraBa
     if torch.compiler.is_compiling() or not x.is_cpu:
         _check_shapes(y, x, kv, part)
         spec = batch.spec
-        bounds = (spec.max_tokens, spec.max_adapters, spec.max_rank, spec.aligned)
-        torch.ops.chameleon_kernels.paged_lora(y, x, kv, batch.meta, *bounds, part.first_slice, part.slice_widths)
+        bounds = (spec.max_tokens, spec.max_adapters, spec.max_rank)
+        pieces = (part.piece_elems, part.num_pieces)
+        torch.ops.chameleon_kernels.paged_lora(
+            y, x, kv, batch.meta, *bounds, part.first_slice, part.slice_widths, *pieces
+        )
         return
     _check_shapes(y, x, kv, part)
     _check_step(x.shape[0], kv, batch)
@@ -57,7 +60,7 @@ def shrink(h: torch.Tensor, x: torch.Tensor, kv: torch.Tensor, batch: LoraBatch,
     kernel; `apply_lora` does not.
     """
     if x.is_cuda:
-        _triton().shrink(h, x, kv, batch.meta, batch.spec, part.first_slice)
+        _triton().shrink(h, x, kv, batch.meta, batch.spec, part)
         return
     _check_step(x.shape[0], kv, batch)
     cpu.compiled(cpu.SHRINK, None, x, h, kv, batch.meta, batch.spec.max_adapters, part)
@@ -66,8 +69,7 @@ def shrink(h: torch.Tensor, x: torch.Tensor, kv: torch.Tensor, batch: LoraBatch,
 def expand(y: torch.Tensor, h: torch.Tensor, kv: torch.Tensor, batch: LoraBatch, part: Part) -> None:
     """y[i, out_start_s : + out_s] += (sum over splits of h[:, s, i]) @ B_s for every token i that has an adapter."""
     if y.is_cuda:
-        widths = part.slice_widths
-        _triton().expand(y, h, kv, batch.meta, batch.spec, part.first_slice, part.in_features, widths)
+        _triton().expand(y, h, kv, batch.meta, batch.spec, part)
         return
     _check_step(y.shape[0], kv, batch)
     cpu.compiled(cpu.EXPAND, y, None, h, kv, batch.meta, batch.spec.max_adapters, part)
@@ -108,19 +110,20 @@ def _check_step(num_tokens: int, kv: torch.Tensor, batch: LoraBatch) -> None:
 LIBRARY = torch.library.Library("chameleon_kernels", "FRAGMENT")
 LIBRARY.define(
     "paged_lora(Tensor(a!) y, Tensor x, Tensor kv, Tensor meta, int max_tokens, int max_adapters, int max_rank, "
-    "bool aligned, int first_slice, int[] widths) -> ()"
+    "int first_slice, int[] widths, int piece_elems, int num_pieces) -> ()"
 )
 
 
-def _paged_lora_cpu(y, x, kv, meta, max_tokens, max_adapters, max_rank, aligned, first_slice, widths):
+def _paged_lora_cpu(y, x, kv, meta, max_tokens, max_adapters, max_rank, first_slice, widths, piece_elems, num_pieces):
     """The op on CPU tensors: for traced programs only, `apply_lora` itself calls the kernel directly."""
-    part = Part(first_slice, x.shape[1], tuple(widths))
+    part = Part(first_slice, x.shape[1], tuple(widths), piece_elems, num_pieces)
     cpu.compiled(cpu.SHRINK | cpu.EXPAND, y, x, None, kv, meta, max_adapters, part)
 
 
-def _paged_lora_cuda(y, x, kv, meta, max_tokens, max_adapters, max_rank, aligned, first_slice, widths):
-    spec = BatchSpec(max_tokens, max_adapters, max_rank, aligned)
-    _triton().paged_lora(y, x, kv, meta, spec, first_slice, tuple(widths))
+def _paged_lora_cuda(y, x, kv, meta, max_tokens, max_adapters, max_rank, first_slice, widths, piece_elems, num_pieces):
+    spec = BatchSpec(max_tokens, max_adapters, max_rank)
+    part = Part(first_slice, x.shape[1], tuple(widths), piece_elems, num_pieces)
+    _triton().paged_lora(y, x, kv, meta, spec, part)
 
 
 LIBRARY.impl("paged_lora", _paged_lora_cpu, "CPU")
@@ -128,5 +131,5 @@ LIBRARY.impl("paged_lora", _paged_lora_cuda, "CUDA")
 
 
 @torch.library.register_fake("chameleon_kernels::paged_lora")
-def _paged_lora_fake(y, x, kv, meta, max_tokens, max_adapters, max_rank, aligned, first_slice, widths):
+def _paged_lora_fake(y, x, kv, meta, max_tokens, max_adapters, max_rank, first_slice, widths, piece_elems, num_pieces):
     return None

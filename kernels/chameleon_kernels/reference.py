@@ -8,7 +8,8 @@ For each token i of an adapter, and each slice s of a part (see layout.py for wo
 import torch
 
 from chameleon_kernels.batch import LoraBatch
-from chameleon_kernels.layout import AdapterRows, Part
+from chameleon_kernels.layout import Part, piece_spans
+from chameleon_kernels.rows import AdapterRows
 
 
 def shrink(h: torch.Tensor, x: torch.Tensor, kv: torch.Tensor, batch: LoraBatch, part: Part) -> None:
@@ -18,7 +19,7 @@ def shrink(h: torch.Tensor, x: torch.Tensor, kv: torch.Tensor, batch: LoraBatch,
     """
     for tokens, adapter in batch.segments():
         for s in range(part.num_slices):
-            a = gather_rows(adapter, part.first_slice + s, 0, part.in_features, kv).to(h.dtype)
+            a = gather_rows(adapter, part, s, 0, kv).to(h.dtype)
             h[0, s, tokens, : adapter.rank] = x[tokens].to(h.dtype) @ a.T
 
 
@@ -27,7 +28,7 @@ def expand(y: torch.Tensor, h: torch.Tensor, kv: torch.Tensor, batch: LoraBatch,
     for tokens, adapter in batch.segments():
         out_start = 0
         for s, width in enumerate(part.slice_widths):
-            b = gather_rows(adapter, part.first_slice + s, 1, width, kv).to(h.dtype)
+            b = gather_rows(adapter, part, s, 1, kv).to(h.dtype)
             delta = h[0, s, tokens, : adapter.rank] @ b
             out = slice(out_start, out_start + width)
             y[tokens, out] = (y[tokens, out].to(h.dtype) + delta).to(y.dtype)
@@ -41,10 +42,17 @@ def apply(y: torch.Tensor, x: torch.Tensor, kv: torch.Tensor, batch: LoraBatch, 
     expand(y, h, kv, batch, part)
 
 
-def gather_rows(adapter: AdapterRows, slice_index: int, side: int, width: int, kv: torch.Tensor) -> torch.Tensor:
-    """A (side 0) or B (side 1) of one slice as a [rank, width] copy; absent rows are zero."""
-    offsets = adapter.offsets[slice_index, side]
+def gather_rows(adapter: AdapterRows, part: Part, nth_slice: int, side: int, kv: torch.Tensor) -> torch.Tensor:
+    """A (side 0) or B (side 1) of one of the part's slices as a [rank, width] copy; absent rows are zero."""
+    width = part.in_features if side == 0 else part.slice_widths[nth_slice]
     length = kv.untyped_storage().nbytes() // kv.element_size() - kv.storage_offset()
     memory = kv.as_strided((length,), (1,), kv.storage_offset())
-    index = offsets.clamp(min=0)[:, None] + torch.arange(width, device=kv.device)
-    return torch.where((offsets >= 0)[:, None], memory[index], torch.zeros((), dtype=kv.dtype, device=kv.device))
+    pieces = []
+    for offsets, (begin, end) in zip(
+        adapter.offsets[part.first_slice + nth_slice, side], piece_spans(width, part.piece_elems), strict=False
+    ):
+        index = offsets.clamp(min=0)[:, None] + torch.arange(end - begin, device=kv.device)
+        pieces.append(
+            torch.where((offsets >= 0)[:, None], memory[index], torch.zeros((), dtype=kv.dtype, device=kv.device))
+        )
+    return torch.cat(pieces, dim=1)

@@ -12,8 +12,9 @@ import torch
 
 from chameleon_kernels import reference
 from chameleon_kernels.batch import BatchSpec, LoraBatch
-from chameleon_kernels.layout import AdapterRows, Part, RowPlan, layer_parts, plan_rows, slice_shapes
+from chameleon_kernels.layout import Part, RowPlan, layer_parts, plan_rows, slice_shapes
 from chameleon_kernels.ops import apply_lora
+from chameleon_kernels.rows import AdapterRows, pack
 
 Apply = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, LoraBatch, Part], None]
 
@@ -47,7 +48,7 @@ def make_layer(
     """Adapters with the given rank for all slices, or a rank for each slice."""
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
-    parts = layer_parts(shapes)
+    parts = layer_parts(shapes, page_elems)
     widths = slice_shapes(list(parts.values()))
     ranks = [[each] * len(widths) if isinstance(each, int) else list(each) for each in slice_ranks]
     plans = [plan_rows(list(parts.values()), each, page_elems) for each in ranks]
@@ -58,7 +59,8 @@ def make_layer(
     for plan, each in zip(plans, ranks, strict=True):
         mine, free_pages = free_pages[: plan.num_pages], free_pages[plan.num_pages :]
         pages = torch.full((plan.num_pages, page_elems), torch.nan)
-        plan.pack([_random_pair(*shape, rank, generator) for shape, rank in zip(widths, each, strict=True)], pages)
+        pairs = [_random_pair(*shape, rank, generator) for shape, rank in zip(widths, each, strict=True)]
+        pack(plan, list(parts.values()), pairs, pages)
         kv[torch.from_numpy(mine)] = pages.to(dtype)
         adapters.append(AdapterRows.build(plan, mine * page_elems, device))
     return Layer(parts, kv.to(device), plans, adapters)
@@ -73,10 +75,9 @@ def _random_pair(
     return a, torch.randn(rank, out_features, generator=generator) / rank**0.5
 
 
-def make_batch(layer: Layer, token_adapter: Sequence[int] | np.ndarray, **bounds: int | bool) -> LoraBatch:
+def make_batch(layer: Layer, token_adapter: Sequence[int] | np.ndarray, **bounds: int) -> LoraBatch:
     """A batch just large enough for the step, unless `bounds` (of BatchSpec) say otherwise."""
-    aligned = all(adapter.aligned for adapter in layer.adapters)
-    sizes = {"max_tokens": max(1, len(token_adapter)), "max_adapters": len(layer.adapters), "aligned": aligned}
+    sizes = {"max_tokens": max(1, len(token_adapter)), "max_adapters": len(layer.adapters)}
     batch = LoraBatch(BatchSpec(**(sizes | bounds)), layer.kv.device)
     batch.update(token_adapter, layer.adapters)
     return batch

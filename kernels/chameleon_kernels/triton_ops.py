@@ -21,6 +21,7 @@ import triton.language as tl
 from triton import knobs
 
 from chameleon_kernels.batch import LARGE_TILE, NUM_COUNTS, SMALL_TILE, BatchSpec
+from chameleon_kernels.layout import Part
 
 MAX_SLICES_PER_LAUNCH = 4
 SMALL_STEP_TOKENS = 512  # Up to here a step is taken for decode: small tiles, a finer cut of the input dimension.
@@ -70,9 +71,7 @@ def new_hidden(x: torch.Tensor, spec: BatchSpec, num_slices: int) -> torch.Tenso
     return torch.empty(splits, num_slices, x.shape[0], spec.max_rank, dtype=torch.float32, device=x.device)
 
 
-def shrink(
-    h: torch.Tensor, x: torch.Tensor, kv: torch.Tensor, meta: torch.Tensor, spec: BatchSpec, first_slice: int
-) -> None:
+def shrink(h: torch.Tensor, x: torch.Tensor, kv: torch.Tensor, meta: torch.Tensor, spec: BatchSpec, part: Part) -> None:
     """Fill h[:, s, i, :rank] of every token i that has an adapter, for slices whose first row is stored.
 
     x [num_tokens, in], last dimension contiguous; h from `new_hidden`.
@@ -80,46 +79,43 @@ def shrink(
     num_tokens, in_features = x.shape
     launch = plan_launch(spec, num_tokens, in_features)
     _shrink_kernel[(launch.num_tiles, h.shape[1] * launch.rank_programs, launch.num_splits)](
-        h, x, kv, meta, spec.max_adapters, launch.tiles_at, launch.tiles_capacity, first_slice, in_features,
-        x.stride(0), h.stride(0), h.stride(1), h.stride(2),
+        h, x, kv, meta, spec.max_adapters, launch.tiles_at, launch.tiles_capacity, part.first_slice, in_features,
+        part.piece_elems, part.num_pieces, x.stride(0), h.stride(0), h.stride(1), h.stride(2),
         COUNT_SLOT=launch.count_slot, BLOCK_M=launch.block_m, BLOCK_R=launch.block_r, BLOCK_K=launch.block_k,
-        RANK_PROGRAMS=launch.rank_programs, NUM_SPLITS=launch.num_splits, ALIGNED=spec.aligned,
+        RANK_PROGRAMS=launch.rank_programs, NUM_SPLITS=launch.num_splits,
         UPCAST=_upcast(kv), NUM_COUNTS=NUM_COUNTS,
     )  # fmt: skip
 
 
-def expand(
-    y: torch.Tensor, h: torch.Tensor, kv: torch.Tensor, meta: torch.Tensor, spec: BatchSpec, first_slice: int,
-    in_features: int, widths: tuple[int, ...],
-) -> None:  # fmt: skip
-    """y[i, out_start_s : +widths[s]] += h @ B_s for every token that has an adapter.
+def expand(y: torch.Tensor, h: torch.Tensor, kv: torch.Tensor, meta: torch.Tensor, spec: BatchSpec, part: Part) -> None:
+    """y[i, out_start_s : + out_s] += h @ B_s for every token that has an adapter.
 
-    y [num_tokens, sum(widths)], last dimension contiguous; `in_features` as in the shrink that filled h.
+    y [num_tokens, out], last dimension contiguous.
     """
-    launch = plan_launch(spec, y.shape[0], in_features)
+    launch = plan_launch(spec, y.shape[0], part.in_features)
+    widths = part.slice_widths
     out_start = 0
     for first in range(0, len(widths), MAX_SLICES_PER_LAUNCH):
         some = widths[first : first + MAX_SLICES_PER_LAUNCH]
         w0, w1, w2, w3 = (*some, *[0] * (MAX_SLICES_PER_LAUNCH - len(some)))
         _expand_kernel[(launch.num_tiles, triton.cdiv(max(some), launch.block_n), len(some))](
-            y, h, kv, meta, spec.max_adapters, launch.tiles_at, launch.tiles_capacity, first_slice, first, out_start,
-            w0, w1, w2, w3, y.stride(0), h.stride(0), h.stride(1), h.stride(2),
-            COUNT_SLOT=launch.count_slot, BLOCK_M=launch.block_m, BLOCK_R=16, BLOCK_N=launch.block_n,
-            NUM_SPLITS=h.shape[0], ALIGNED=spec.aligned, UPCAST=_upcast(kv), NUM_COUNTS=NUM_COUNTS,
+            y, h, kv, meta, spec.max_adapters, launch.tiles_at, launch.tiles_capacity, part.first_slice, first,
+            out_start, part.piece_elems, part.num_pieces, w0, w1, w2, w3, y.stride(0), h.stride(0), h.stride(1),
+            h.stride(2), COUNT_SLOT=launch.count_slot, BLOCK_M=launch.block_m, BLOCK_R=16, BLOCK_N=launch.block_n,
+            NUM_SPLITS=h.shape[0], UPCAST=_upcast(kv), NUM_COUNTS=NUM_COUNTS,
         )  # fmt: skip
         out_start += sum(some)
 
 
 def paged_lora(
-    y: torch.Tensor, x: torch.Tensor, kv: torch.Tensor, meta: torch.Tensor, spec: BatchSpec, first_slice: int,
-    widths: tuple[int, ...],
-) -> None:  # fmt: skip
+    y: torch.Tensor, x: torch.Tensor, kv: torch.Tensor, meta: torch.Tensor, spec: BatchSpec, part: Part
+) -> None:
     """y += LoRA(x) for one part: both launches; scratch from the caching allocator (in a capture, the graph's pool)."""
     if x.shape[0] == 0:
         return
-    h = new_hidden(x, spec, len(widths))
-    shrink(h, x, kv, meta, spec, first_slice)
-    expand(y, h, kv, meta, spec, first_slice, x.shape[1], widths)
+    h = new_hidden(x, spec, part.num_slices)
+    shrink(h, x, kv, meta, spec, part)
+    expand(y, h, kv, meta, spec, part)
 
 
 def _upcast(kv: torch.Tensor) -> bool:
@@ -144,9 +140,9 @@ def _locate(meta_ptr, max_adapters, tiles_at, tiles_capacity, tile, BLOCK_M: tl.
 @triton.jit
 def _shrink_kernel(
     h_ptr, x_ptr, kv_ptr, meta_ptr, max_adapters, tiles_at, tiles_capacity, first_slice, in_features,
-    x_stride, h_split_stride, h_slice_stride, h_token_stride,
+    piece_elems, num_pieces, x_stride, h_split_stride, h_slice_stride, h_token_stride,
     COUNT_SLOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    RANK_PROGRAMS: tl.constexpr, NUM_SPLITS: tl.constexpr, ALIGNED: tl.constexpr, UPCAST: tl.constexpr,
+    RANK_PROGRAMS: tl.constexpr, NUM_SPLITS: tl.constexpr, UPCAST: tl.constexpr,
     NUM_COUNTS: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
@@ -160,36 +156,37 @@ def _shrink_kernel(
     )
     if rank_program * BLOCK_R >= rank:
         return
-    rows_ptr = table_ptr + 2 * (first_slice + slice_id) * rank
+    rows_ptr = table_ptr + 2 * (first_slice + slice_id) * num_pieces * rank
     if tl.load(rows_ptr) < 0:
         return
     x_rows = x_ptr + token[:, None] * x_stride
     h_rows = h_ptr + split.to(tl.int64) * h_split_stride + slice_id * h_slice_stride + token[:, None] * h_token_stride
     for r0 in range(rank_program * BLOCK_R, rank, RANK_PROGRAMS * BLOCK_R):
         r = r0 + tl.arange(0, BLOCK_R)
-        offset = tl.load(rows_ptr + r, mask=r < rank, other=-1)
-        stored = (offset >= 0)[None, :]
-        row_offset = offset[None, :]
-        if ALIGNED:
-            row_offset = tl.multiple_of(row_offset, [8, 8])
         acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-        for k0 in range(split * BLOCK_K, in_features, NUM_SPLITS * BLOCK_K):
-            k = k0 + tl.arange(0, BLOCK_K)
-            x = tl.load(x_rows + k[None, :], mask=exists[:, None] & (k < in_features)[None, :], other=0.0)
-            a = tl.load(kv_ptr + (row_offset + k[:, None]), mask=stored & (k < in_features)[:, None], other=0.0)
-            if UPCAST:
-                x = x.to(tl.float32)
-                a = a.to(tl.float32)
-            acc = tl.dot(x.to(a.dtype), a, acc, input_precision="ieee")
+        for piece in range(0, tl.cdiv(in_features, piece_elems)):
+            offset = tl.load(rows_ptr + piece * rank + r, mask=r < rank, other=-1)
+            stored = (offset >= 0)[None, :]
+            row_offset = tl.multiple_of(offset[None, :], [8, 8])
+            first = piece * piece_elems
+            end = tl.minimum(first + piece_elems, in_features)
+            for k0 in range(first + split * BLOCK_K, end, NUM_SPLITS * BLOCK_K):
+                k = k0 + tl.arange(0, BLOCK_K)
+                x = tl.load(x_rows + k[None, :], mask=exists[:, None] & (k < end)[None, :], other=0.0)
+                a = tl.load(kv_ptr + (row_offset + (k - first)[:, None]), mask=stored & (k < end)[:, None], other=0.0)
+                if UPCAST:
+                    x = x.to(tl.float32)
+                    a = a.to(tl.float32)
+                acc = tl.dot(x.to(a.dtype), a, acc, input_precision="ieee")
         tl.store(h_rows + r[None, :], acc, mask=exists[:, None] & (r < rank)[None, :])
 
 
 @triton.jit
 def _expand_kernel(
     y_ptr, h_ptr, kv_ptr, meta_ptr, max_adapters, tiles_at, tiles_capacity, first_slice, first_launch_slice, out_start,
-    w0, w1, w2, w3, y_stride, h_split_stride, h_slice_stride, h_token_stride,
+    piece_elems, num_pieces, w0, w1, w2, w3, y_stride, h_split_stride, h_slice_stride, h_token_stride,
     COUNT_SLOT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-    NUM_SPLITS: tl.constexpr, ALIGNED: tl.constexpr, UPCAST: tl.constexpr, NUM_COUNTS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr, UPCAST: tl.constexpr, NUM_COUNTS: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     column_block = tl.program_id(1)
@@ -203,7 +200,8 @@ def _expand_kernel(
         meta_ptr, max_adapters, tiles_at, tiles_capacity, tile, BLOCK_M, NUM_COUNTS
     )
     slice_id = first_launch_slice + nth
-    rows_ptr = table_ptr + (2 * (first_slice + slice_id) + 1) * rank
+    piece = column_block * BLOCK_N // piece_elems
+    rows_ptr = table_ptr + ((2 * (first_slice + slice_id) + 1) * num_pieces + piece) * rank
     if tl.load(rows_ptr) < 0:
         return
     n = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -213,10 +211,12 @@ def _expand_kernel(
     for r0 in range(0, rank, BLOCK_R):
         r = r0 + tl.arange(0, BLOCK_R)
         offset = tl.load(rows_ptr + r, mask=r < rank, other=-1)
-        row_offset = offset[:, None]
-        if ALIGNED:
-            row_offset = tl.multiple_of(row_offset, [8, 8])
-        b = tl.load(kv_ptr + (row_offset + n[None, :]), mask=(offset >= 0)[:, None] & in_slice, other=0.0)
+        row_offset = tl.multiple_of(offset[:, None], [8, 8])
+        b = tl.load(
+            kv_ptr + (row_offset + (n - piece * piece_elems)[None, :]),
+            mask=(offset >= 0)[:, None] & in_slice,
+            other=0.0,
+        )
         if UPCAST:
             b = b.to(tl.float32)
         in_h = exists[:, None] & (r < rank)[None, :]

@@ -12,7 +12,7 @@ from chameleon_ray.demo import DemoPaths
 from chameleon_ray.engine.paged.checkpoint import LayerModule, pack_plan, read_pages, summarise
 from chameleon_ray.engine.paged.messages import ModelLayout, PagedUnsupportedError
 from chameleon_ray.engine.paged.options import PagedSettings, paged_arguments
-from chameleon_ray.engine.paged.pages import PageGeometry, page_geometry
+from chameleon_ray.engine.paged.pages import PageGeometry, page_geometry, parts_in_pages
 
 BLOCKS, HEADS, TOKENS, CONTENT = 6, 2, 8, 64
 
@@ -71,6 +71,7 @@ def test_pages_of_a_block_are_the_memory_that_vllm_indexes_by_its_id(make) -> No
         ({"a": torch.zeros(6, 2, 8, 64, dtype=torch.uint8)}, "dtype"),
         ({"a": torch.zeros(6, 2, 8, 64), "b": torch.zeros(6, 2, 8, 32)}, "shapes"),
         ({"a": torch.zeros(6, 2, 8, 80)[..., :64]}, "gaps"),
+        ({"a": torch.zeros(6, 3, 1, 84)}, "multiples of 8"),
         ({"a": torch.zeros(7, 2, 8, 64)}, "blocks"),
         (dict.fromkeys("ab", torch.zeros(6, 2, 8, 64)), "share"),
     ],
@@ -84,6 +85,13 @@ def test_kv_caches_that_cannot_hold_weights_are_refused_with_the_reason(caches, 
 HIDDEN, KV_WIDTH, INTERMEDIATE, NUM_LAYERS = 256, 128, 512, 4
 
 
+def test_pages_too_small_for_weights_are_refused_at_start() -> None:
+    """The scheduler hears of it with the layout, before any adapter: then the engine falls back to slots."""
+    geometry = page_geometry({"a": torch.zeros(6, 2, 1, 64)}, 6, torch.float32)
+    with pytest.raises(PagedUnsupportedError, match="holds 128 elements"):
+        parts_in_pages({"mlp.down_proj": (704, (256,))}, geometry)
+
+
 def _demo_layout(geometry: PageGeometry, num_blocks: int) -> tuple[ModelLayout, list[LayerModule]]:
     parts = {
         "self_attn.qkv_proj": (HIDDEN, (HIDDEN, KV_WIDTH, KV_WIDTH)),
@@ -95,7 +103,7 @@ def _demo_layout(geometry: PageGeometry, num_blocks: int) -> tuple[ModelLayout, 
         "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
     }
-    numbered = layer_parts(parts)
+    numbered = layer_parts(parts, geometry.page_elems)
     modules = [
         LayerModule(
             layer,
@@ -114,13 +122,14 @@ def _demo_layout(geometry: PageGeometry, num_blocks: int) -> tuple[ModelLayout, 
     return layout, modules
 
 
-@pytest.mark.parametrize("pages_per_block", [1, 2])
+@pytest.mark.parametrize(("pages_per_block", "block_tokens"), [(1, 128), (2, 128), (1, 2)])
 @pytest.mark.parametrize("index", [0, 2, 4])
 def test_files_read_into_pages_compute_what_the_checkpoint_says(
-    demo: DemoPaths, index: int, pages_per_block: int
+    demo: DemoPaths, index: int, pages_per_block: int, block_tokens: int
 ) -> None:
+    """Blocks of two tokens: rows wider than a page."""
     folder = demo.adapters / demo.adapter_names()[index]
-    num_blocks, block_elems = 64, 4 * 128 * 64
+    num_blocks, block_elems = 64 * 128 // block_tokens, 4 * block_tokens * 64
     shape = (pages_per_block, num_blocks, block_elems // pages_per_block)
     kv_layers = [torch.full(shape, float("nan")).transpose(0, 1) for _ in range(NUM_LAYERS)]
     geometry = page_geometry({str(i): kv for i, kv in enumerate(kv_layers)}, num_blocks, torch.float32)
@@ -145,7 +154,7 @@ def test_files_read_into_pages_compute_what_the_checkpoint_says(
     batch.update([0, -1, 0], [rows])
 
     tensors = load_file(folder / "adapter_model.safetensors")
-    part = layer_parts(layout.parts)["mlp.gate_up_proj"]
+    part = layer_parts(layout.parts, layout.page_elems)["mlp.gate_up_proj"]
     x = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(2))
     y = torch.zeros(3, part.out_features)
     apply_lora(y, x, kv_layers[3], batch, part)

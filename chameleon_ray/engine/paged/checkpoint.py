@@ -8,10 +8,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from chameleon_kernels import RowPlan, layer_parts, plan_rows
+from chameleon_kernels.layout import Run
 from vllm.lora.utils import parse_fine_tuned_lora_name
 
 from chameleon_ray.adapters.safetensors_header import HeaderError, TensorEntry, read_header
@@ -149,16 +148,13 @@ def slice_shapes(layout: ModelLayout) -> list[tuple[int, int]]:
     return [(in_features, width) for in_features, widths in layout.parts.values() for width in widths]
 
 
-Runs = list[tuple[int, int, int]]
-"""(first row, number of rows, start in the flattened pages) of rows that lie next to each other."""
-
-
 @dataclass(frozen=True, slots=True)
 class PackPlan:
-    """How adapters with the same rank in every slice fill pages. runs: by slice, for A and for B."""
+    """How adapters with the same rank in every slice fill pages. runs: by slice, for A and for B; their starts count
+    in the flattened pages."""
 
     rows: RowPlan
-    runs: tuple[tuple[Runs, Runs], ...]
+    runs: tuple[tuple[tuple[Run, ...], tuple[Run, ...]], ...]
 
 
 def pack_plan(layout: ModelLayout, slice_ranks: tuple[int, ...]) -> PackPlan:
@@ -171,36 +167,24 @@ def pack_plan(layout: ModelLayout, slice_ranks: tuple[int, ...]) -> PackPlan:
 def _pack_plan(
     parts: tuple[tuple[str, int, tuple[int, ...]], ...], slice_ranks: tuple[int, ...], page_elems: int
 ) -> PackPlan:
-    numbered = list(layer_parts({name: (in_features, widths) for name, in_features, widths in parts}).values())
-    rows = plan_rows(numbered, slice_ranks, page_elems)
-    offsets = np.where(rows.page >= 0, rows.page * page_elems + rows.start, -1)
+    numbered = layer_parts({name: (in_features, widths) for name, in_features, widths in parts}, page_elems)
+    rows = plan_rows(list(numbered.values()), slice_ranks, page_elems)
     shapes = [(in_features, width) for _, in_features, widths in parts for width in widths]
     runs = tuple(
-        (_find_runs(offsets[number, 0], in_features), _find_runs(offsets[number, 1], out_features))
+        (tuple(rows.runs(number, 0, in_features)), tuple(rows.runs(number, 1, out_features)))
         for number, (in_features, out_features) in enumerate(shapes)
     )
     return PackPlan(rows, runs)
 
 
-def _find_runs(offsets: npt.NDArray[np.int64], width: int) -> Runs:
-    runs: Runs = []
-    for row, offset in enumerate(offsets.tolist()):
-        if offset < 0:
-            break
-        if runs and offset == runs[-1][2] + runs[-1][1] * width:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1, runs[-1][2])
-        else:
-            runs.append((row, 1, offset))
-    return runs
-
-
-def _place(flat: torch.Tensor, rows: torch.Tensor, runs: Runs, scale: float) -> None:
-    num_rows, width = rows.shape
-    for first, count, start in runs:
-        if first >= num_rows:
-            return
-        count = min(count, num_rows - first)
-        torch.mul(rows[first : first + count], scale, out=flat[start : start + count * width].view(count, width))
+def _place(flat: torch.Tensor, rows: torch.Tensor, runs: tuple[Run, ...], scale: float) -> None:
+    """Write rows, [rank, width]; where the slice has a higher rank in other layers, the rows above stay zeros."""
+    for run in runs:
+        count = min(run.num_rows, len(rows) - run.first_row)
+        if count > 0:
+            source = rows[run.first_row : run.first_row + count, run.first_column : run.first_column + run.num_columns]
+            target = flat.as_strided((count, run.num_columns), (run.stride, 1), flat.storage_offset() + run.start)
+            torch.mul(source, scale, out=target)
 
 
 def _parse(name: str, layout: ModelLayout) -> tuple[str, bool]:

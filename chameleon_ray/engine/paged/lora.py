@@ -4,13 +4,13 @@ vLLM makes its LoRA layers with zero slots, so no slot tensor is allocated, and 
 projection is on this rank. What they call to compute (``punica_wrapper``) becomes one ``PagedLinear`` per layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from chameleon_kernels import AdapterRows, BatchSpec, LoraBatch, Part, apply_lora, layer_parts
+from chameleon_kernels import AdapterRows, BatchSpec, LoraBatch, Part, apply_lora
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.lora.layers import BaseLayerWithLoRA, LoRAMapping
@@ -48,11 +48,11 @@ class PagedLoRAModelManager(LRUCacheLoRAModelManager):
 class PagedLinear:
     """What one LoRA layer calls to add its adapters' part to its output."""
 
-    def __init__(self, name: str, part: Part, batch: LoraBatch) -> None:
+    def __init__(self, name: str, batch: LoraBatch) -> None:
         self.name = name
-        self.part = part
         self.batch = batch
-        self.kv: torch.Tensor | None = None  # Until the KV cache is allocated, after vLLM's profiling run.
+        self.part: Part | None = None  # Both until the KV cache is allocated, after vLLM's profiling run.
+        self.kv: torch.Tensor | None = None
 
     def add_lora_linear(
         self,
@@ -73,7 +73,7 @@ class PagedLinear:
 
     def add(self, y: torch.Tensor, x: torch.Tensor) -> None:
         """The same, outside a traced graph."""
-        if self.kv is not None:
+        if self.kv is not None and self.part is not None:
             apply_lora(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self.kv, self.batch, self.part)
 
 
@@ -112,10 +112,9 @@ class PagedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         """Name of a layer's part -> (in_features, output widths of its slices) on this rank, in row-table order."""
         return self._parts
 
-    def layer_modules(self, number_of: Callable[[int], int]) -> list[LayerModule]:
+    def layer_modules(self, numbered: Mapping[str, Part], number_of: Callable[[int], int]) -> list[LayerModule]:
         """Every module with LoRA. number_of: the model's layer index -> the number of its KV tensor."""
         modules = self._adapter_manager.modules
-        numbered = layer_parts(self._parts)
         return [
             _layer_module(
                 name, modules[name], self._slice_names(name), numbered[linear_part].first_slice, number_of(index)
@@ -127,11 +126,11 @@ class PagedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         """The model's layers that have LoRA."""
         return {index for index, _, _ in self._linears.values()}
 
-    def attach(self, host: AdapterHost, kv_of: Callable[[int], torch.Tensor]) -> None:
+    def attach(self, host: AdapterHost, numbered: Mapping[str, Part], kv_of: Callable[[int], torch.Tensor]) -> None:
         """From now on compute with the host's resident adapters. kv_of: layer index -> its KV tensor."""
         self._host = host
-        for index, _, linear in self._linears.values():
-            linear.kv = kv_of(index)
+        for index, part, linear in self._linears.values():
+            linear.part, linear.kv = numbered[part], kv_of(index)
 
     def set_active_adapters(self, requests: set[LoRARequest], mapping: LoRAMapping | None) -> None:
         """Describe the next step to the kernels."""
@@ -190,10 +189,9 @@ class PagedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
                 raise PagedUnsupportedError(f"{name} combines projections in a way of its own")
             found[name] = index, part, module
         self._parts = shapes
-        numbered = layer_parts(shapes)
         linears = {}
         for name, (index, part, module) in found.items():
-            linear = PagedLinear(name, numbered[part], self._batch)
+            linear = PagedLinear(name, self._batch)
             module.set_mapping(linear)
             _linears[name] = linear
             linears[name] = index, part, linear

@@ -11,6 +11,7 @@ from math import prod
 
 import numpy as np
 import torch
+from chameleon_kernels.layout import ALIGNED_ELEMS, PageTooSmallError, Part, layer_parts
 
 from chameleon_ray.engine.paged.messages import PagedUnsupportedError
 
@@ -51,6 +52,14 @@ def page_geometry(kv_caches: Mapping[str, torch.Tensor], num_blocks: int, dtype:
     return geometries.pop()
 
 
+def parts_in_pages(shapes: Mapping[str, tuple[int, Sequence[int]]], geometry: PageGeometry) -> dict[str, Part]:
+    """A layer's parts as they lie in such pages (``layer_parts``). Raises PagedUnsupportedError if they cannot."""
+    try:
+        return layer_parts(shapes, geometry.page_elems)
+    except PageTooSmallError as error:
+        raise PagedUnsupportedError(str(error)) from error
+
+
 def _geometry(kv: torch.Tensor, num_blocks: int) -> PageGeometry:
     if kv.dim() < 2 or kv.shape[0] % num_blocks:
         raise PagedUnsupportedError(f"its KV cache of shape {tuple(kv.shape)} is not made of {num_blocks} blocks")
@@ -69,4 +78,6 @@ def _geometry(kv: torch.Tensor, num_blocks: int) -> PageGeometry:
         page_elems *= ratio
     elif ratio > 1:
         offsets = sorted(offset + part * kv.stride(0) for offset in offsets for part in range(ratio))
+    if any(number % ALIGNED_ELEMS for number in (*offsets, ratio * kv.stride(0), page_elems)):
+        raise PagedUnsupportedError(f"the blocks of its KV cache are no multiples of {ALIGNED_ELEMS} elements")
     return PageGeometry(tuple(offsets), ratio * kv.stride(0), page_elems, num_blocks)

@@ -15,7 +15,7 @@ from chameleon_ray.engine.paged.connector import PagedConnector
 from chameleon_ray.engine.paged.host import AdapterHost
 from chameleon_ray.engine.paged.messages import ModelLayout, PagedUnsupportedError, tells_starter
 from chameleon_ray.engine.paged.options import lift_slot_limits
-from chameleon_ray.engine.paged.pages import page_geometry
+from chameleon_ray.engine.paged.pages import page_geometry, parts_in_pages
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
@@ -56,8 +56,9 @@ class PagedWorker(PlatformWorker):
             raise PagedUnsupportedError(f"its layers {sorted(missing)} have LoRA and no KV cache")
         dtype = self.vllm_config.lora_config.lora_dtype
         geometry = page_geometry(connector.kv_caches, kv_cache_config.num_blocks, dtype)
+        parts = parts_in_pages(manager.parts, geometry)
         numbers = {index: number for number, index in enumerate(sorted(kv_of))}
-        modules = manager.layer_modules(numbers.__getitem__)
+        modules = manager.layer_modules(parts, numbers.__getitem__)
         layout = ModelLayout(
             parts=manager.parts,
             targets={
@@ -82,7 +83,7 @@ class PagedWorker(PlatformWorker):
             num_readers=settings.readers,
             check_finite=settings.check_finite,
         )
-        manager.attach(connector.host, kv_of.__getitem__)
+        manager.attach(connector.host, parts, kv_of.__getitem__)
 
 
 def _rename_mapper(model: Any) -> Any:

@@ -1,7 +1,8 @@
 // Grouped LoRA over paged rows on the CPU. For every segment (adapter with rank R) and slice s of one part:
 //   h[s, token, r] = sum_k x[token, k] * A_s[r, k]                  shrink
 //   y[token, out_start_s + n] += sum_r h[s, token, r] * B_s[r, n]   expand
-// Row r of A_s lies at kv + table[s][0][r], of B_s (transposed) at kv + table[s][1][r]; -1 = zero rows, always last.
+// Columns p * piece_elems and on of row r of A_s lie at kv + table[s][0][p][r], of B_s (transposed) at
+// kv + table[s][1][p][r]; -1 = zero rows, always last.
 // Sums are in float. The work is cut into items of a few rows or columns, so that both one adapter with many tokens and
 // many adapters with one token use every thread. Decode is bound by reading
 // weights: each is read once per TOKENS tokens, and prefetched, as rows are too short for the hardware to see a pattern.
@@ -126,7 +127,7 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <int N> struct Count { enum { value = N }; };
 
-struct Part { int64_t first_slice, num_slices, in_features; const int64_t* widths; };
+struct Part { int64_t first_slice, num_slices, in_features, piece_elems, num_pieces; const int64_t* widths; };
 
 struct Batch {
   int64_t num_segments;
@@ -134,8 +135,8 @@ struct Batch {
   Batch(const int64_t* meta, int64_t max_adapters)
       : num_segments(meta[0]), table(meta + NUM_COUNTS), rank(table + max_adapters), start(rank + max_adapters),
         len(start + max_adapters), tokens(len + max_adapters) {}
-  const int64_t* rows(int64_t segment, int64_t slice, int side) const {
-    return reinterpret_cast<const int64_t*>(table[segment]) + (2 * slice + side) * rank[segment];
+  const int64_t* rows(int64_t segment, int64_t slice, int side, int64_t piece, int64_t num_pieces) const {
+    return reinterpret_cast<const int64_t*>(table[segment]) + ((2 * slice + side) * num_pieces + piece) * rank[segment];
   }
 };
 
@@ -172,7 +173,7 @@ inline void dot_block(const X* const* x, const W* const* a, const W* const* ahea
 
 template <int NR, class X, class W>
 void shrink_rows(const X* x, int64_t x_stride, const int64_t* tokens, int64_t num_tokens, const W* const* a,
-                 const W* const* ahead, int64_t n, Hidden h, float* h_slice, int64_t row) {
+                 const W* const* ahead, int64_t n, bool first_piece, Hidden h, float* h_slice, int64_t row) {
   int64_t i = 0;
   auto block = [&](auto count) {
     constexpr int NT = decltype(count)::value;
@@ -181,7 +182,10 @@ void shrink_rows(const X* x, int64_t x_stride, const int64_t* tokens, int64_t nu
       float out[NT][NR];
       for (int t = 0; t < NT; ++t) xs[t] = x + tokens[i + t] * x_stride;
       dot_block<NT, NR>(xs, a, ahead, n, out);
-      for (int t = 0; t < NT; ++t) std::memcpy(h_slice + tokens[i + t] * h.token_stride + row, out[t], sizeof out[t]);
+      for (int t = 0; t < NT; ++t) {
+        float* target = h_slice + tokens[i + t] * h.token_stride + row;
+        for (int r = 0; r < NR; ++r) target[r] = first_piece ? out[t][r] : target[r] + out[t][r];
+      }
     }
   };
   block(Count<4>{});
@@ -191,23 +195,26 @@ void shrink_rows(const X* x, int64_t x_stride, const int64_t* tokens, int64_t nu
 template <class X, class W>
 void shrink_item(const Item& item, const Batch& batch, const Part& part, const X* x, int64_t x_stride, const W* kv,
                  Hidden h) {
-  const int64_t* offsets = batch.rows(item.segment, part.first_slice + item.slice, 0);
   const int64_t* tokens = batch.tokens + item.token;
   float* h_slice = h.data + item.slice * h.slice_stride;
-  int64_t r = item.first, end = item.first + item.count;
-  auto rows = [&](auto count) {
-    constexpr int NR = decltype(count)::value;
-    for (; r + NR <= end; r += NR) {
-      const W *a[NR], *ahead[NR];
-      for (int i = 0; i < NR; ++i) {
-        a[i] = kv + offsets[r + i];
-        ahead[i] = kv + offsets[least(r + i + 2 * NR, item.rank - 1)];
+  for (int64_t piece = 0, column = 0; column < part.in_features; ++piece, column += part.piece_elems) {
+    const int64_t* offsets = batch.rows(item.segment, part.first_slice + item.slice, 0, piece, part.num_pieces);
+    const int64_t n = least(part.piece_elems, part.in_features - column);
+    int64_t r = item.first, end = item.first + item.count;
+    auto rows = [&](auto count) {
+      constexpr int NR = decltype(count)::value;
+      for (; r + NR <= end; r += NR) {
+        const W *a[NR], *ahead[NR];
+        for (int i = 0; i < NR; ++i) {
+          a[i] = kv + offsets[r + i];
+          ahead[i] = kv + offsets[least(r + i + 2 * NR, item.rank - 1)];
+        }
+        shrink_rows<NR>(x + column, x_stride, tokens, item.num_tokens, a, ahead, n, piece == 0, h, h_slice, r);
       }
-      shrink_rows<NR>(x, x_stride, tokens, item.num_tokens, a, ahead, part.in_features, h, h_slice, r);
-    }
-  };
-  rows(Count<4>{});
-  rows(Count<1>{});
+    };
+    rows(Count<4>{});
+    rows(Count<1>{});
+  }
 }
 
 // acc[t][c] += sum_i scale[t][i] * b[i][c]
@@ -230,8 +237,8 @@ inline void add_rows(const W* const* b, const W* const* ahead, const float (*sca
 }
 
 template <int NT, class X, class W>
-void expand_tokens(const int64_t* tokens, const int64_t* offsets, const Item& item, const W* kv, Hidden h, X* y,
-                   int64_t y_stride) {
+void expand_tokens(const int64_t* tokens, const int64_t* offsets, int64_t column, const Item& item, const W* kv,
+                   Hidden h, X* y, int64_t y_stride) {
   constexpr int NR = 4;
   alignas(64) float acc[NT][COLUMNS];
   const float* hidden[NT];
@@ -244,8 +251,8 @@ void expand_tokens(const int64_t* tokens, const int64_t* offsets, const Item& it
     const W *b[N], *ahead[N];
     float scale[NT][N];
     for (int i = 0; i < N; ++i) {
-      b[i] = kv + offsets[row + i] + item.first;
-      ahead[i] = kv + offsets[least(row + i + 2 * N, item.rank - 1)] + item.first;
+      b[i] = kv + offsets[row + i] + column;
+      ahead[i] = kv + offsets[least(row + i + 2 * N, item.rank - 1)] + column;
       for (int t = 0; t < NT; ++t) scale[t][i] = hidden[t][row + i];
     }
     add_rows<NT, N>(b, ahead, scale, item.count, acc);
@@ -263,11 +270,12 @@ void expand_tokens(const int64_t* tokens, const int64_t* offsets, const Item& it
 
 template <class X, class W>
 void expand_item(const Item& item, const Batch& batch, const Part& part, const W* kv, Hidden h, X* y, int64_t y_stride) {
-  const int64_t* offsets = batch.rows(item.segment, part.first_slice + item.slice, 1);
+  const int64_t piece = item.first / part.piece_elems, column = item.first % part.piece_elems;
+  const int64_t* offsets = batch.rows(item.segment, part.first_slice + item.slice, 1, piece, part.num_pieces);
   const int64_t* tokens = batch.tokens + item.token;
   int64_t i = 0;
-  for (; i + 4 <= item.num_tokens; i += 4) expand_tokens<4>(tokens + i, offsets, item, kv, h, y, y_stride);
-  for (; i < item.num_tokens; ++i) expand_tokens<1>(tokens + i, offsets, item, kv, h, y, y_stride);
+  for (; i + 4 <= item.num_tokens; i += 4) expand_tokens<4>(tokens + i, offsets, column, item, kv, h, y, y_stride);
+  for (; i < item.num_tokens; ++i) expand_tokens<1>(tokens + i, offsets, column, item, kv, h, y, y_stride);
 }
 
 // One slice of one segment for up to TOKENS tokens: all the shrink items that its expand items wait for.
@@ -287,7 +295,7 @@ void plan(const Batch& batch, const Part& part, Work& work) {
   for (int64_t g = 0; g < batch.num_segments; ++g) {
     int64_t out_start = 0;
     for (int64_t s = 0; s < part.num_slices; out_start += part.widths[s++]) {
-      int64_t rank = stored_rows(batch.rows(g, part.first_slice + s, 0), batch.rank[g]);
+      int64_t rank = stored_rows(batch.rows(g, part.first_slice + s, 0, 0, part.num_pieces), batch.rank[g]);
       if (rank == 0) continue;
       work.products += batch.len[g] * rank * (part.in_features + part.widths[s]);
       for (int64_t t = 0; t < batch.len[g]; t += TOKENS) {
@@ -296,8 +304,9 @@ void plan(const Batch& batch, const Part& part, Work& work) {
           item.count = least(ROWS, rank - item.first);
           work.shrink.push_back(item);
         }
-        for (item.first = 0; item.first < part.widths[s]; item.first += COLUMNS) {
-          item.count = least(COLUMNS, part.widths[s] - item.first);
+        for (item.first = 0; item.first < part.widths[s]; item.first += item.count) {
+          const int64_t left_of_piece = part.piece_elems - item.first % part.piece_elems;
+          item.count = least(COLUMNS, least(left_of_piece, part.widths[s] - item.first));
           work.expand.push_back(item);
         }
         work.groups.push_back({work.shrink.size(), work.expand.size()});
@@ -357,13 +366,13 @@ const Typed TYPED[3][3] = {
 // h null: scratch of this thread, reused from call to call. Strides count elements. Returns 0, or 1 if out of memory.
 extern "C" int chameleon_paged_lora(int steps, const void* x, int64_t x_stride, void* y, int64_t y_stride, const void* kv,
                                     const int64_t* meta, int64_t max_adapters, int64_t num_tokens, int64_t first_slice,
-                                    int64_t num_slices, int64_t in_features, const int64_t* widths, float* h,
-                                    int64_t h_slice_stride, int64_t h_token_stride, int x_dtype, int w_dtype,
-                                    int num_threads) {
+                                    int64_t num_slices, int64_t in_features, int64_t piece_elems, int64_t num_pieces,
+                                    const int64_t* widths, float* h, int64_t h_slice_stride, int64_t h_token_stride,
+                                    int x_dtype, int w_dtype, int num_threads) {
   static thread_local Work work;
   static thread_local std::vector<float> scratch;
   const Batch batch(meta, max_adapters);
-  const Part part{first_slice, num_slices, in_features, widths};
+  const Part part{first_slice, num_slices, in_features, piece_elems, num_pieces, widths};
   Hidden hidden{h, h_slice_stride, h_token_stride};
   try {
     plan(batch, part, work);
