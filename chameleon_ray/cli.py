@@ -57,6 +57,11 @@ def _parser() -> argparse.ArgumentParser:
         help="such as memory_share=0.8 scheduler=fifo; an unknown one lists all",
     )
     words.set_defaults(run=_vllm_args)
+    commands.add_parser(
+        "fit",
+        help="can a model's adapters lie in KV memory, and how many, from its config.json alone",
+        configure=_configure_fit,
+    )
     benches = commands.add_parser("bench", help="measure").add_subparsers(required=True, metavar="WHAT")
     local = benches.add_parser("local", help="start-up, memory, overhead and streaming of the local application")
     local.add_argument(
@@ -189,6 +194,13 @@ def _configure_bench_capacity(parser: argparse.ArgumentParser) -> None:
 
     add_capacity(parser)
     parser.set_defaults(run=_bench_capacity)
+
+
+def _configure_fit(parser: argparse.ArgumentParser) -> None:
+    from chameleon_ray.fit import configure, run
+
+    configure(parser)
+    parser.set_defaults(run=lambda arguments: _status(lambda: run(arguments)))
 
 
 def _configure_calibrate(parser: argparse.ArgumentParser) -> None:

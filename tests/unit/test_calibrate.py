@@ -200,9 +200,9 @@ def test_bare_kernels_need_a_cuda_device(monkeypatch, capsys):
 def test_the_kernels_of_a_small_model_make_steps_of_every_term(demo):
     import torch
 
-    from chameleon_ray.bench.calibrate.kernels import RANKS, ModelShape, Step, measure_kernels
+    from chameleon_ray.bench.calibrate.kernels import RANKS, Step, measure_kernels, read_shape
 
-    shape = ModelShape.read(str(demo.model))
+    shape = read_shape(str(demo.model))
     assert shape.adapter_bytes(8, 4) == 8 * 65536  # the engine's own count for the demo's adapters
     steps = [
         Step(((1, 16 * batch),) * batch, ranks)
@@ -221,13 +221,13 @@ def test_the_kernels_of_a_small_model_make_steps_of_every_term(demo):
 
 
 def test_a_config_that_is_no_llamas_is_an_error(tmp_path):
-    from chameleon_ray.bench.calibrate.kernels import ModelShape
+    from chameleon_ray.bench.calibrate.kernels import read_shape
 
     with pytest.raises(CalibrationError, match=r"config\.json"):
-        ModelShape.read(str(tmp_path))
+        read_shape(str(tmp_path))
     (tmp_path / "config.json").write_text('{"num_attention_heads": 8, "hidden_size": 64}')
     with pytest.raises(CalibrationError, match="intermediate_size"):
-        ModelShape.read(str(tmp_path))
+        read_shape(str(tmp_path))
 
 
 def test_a_step_costs_what_the_formula_says():

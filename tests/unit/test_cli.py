@@ -17,6 +17,7 @@ COMMANDS = (
     ["demo"],
     ["queues"],
     ["vllm-args"],
+    ["fit"],
     ["calibrate"],
     ["plan"],
     ["train-predictor"],

@@ -4,11 +4,10 @@ One layer is timed and counted as often as the model has layers: matrix products
 attention, our LoRA kernels over pages. On a GPU each is one CUDA graph, so that launches do not count.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,72 +15,29 @@ from chameleon_kernels import apply_lora
 from chameleon_kernels.testing import make_batch, make_layer
 
 from chameleon_ray.bench.calibrate.measured import CalibrationError, Measured
+from chameleon_ray.model_shape import ModelConfigError, ModelShape, read_config
 from chameleon_ray.sim.fit import StepPoint
 from chameleon_ray.sim.parallel import show_progress
 
 RANKS = (8, 16, 32, 64, 128)
 _BLOCK_TOKENS = 16
+_MAX_MODEL_LEN = 8192
 _ACTIVATIONS_BYTES = 2 << 30
 _REPEATS = 7
 
 
-@dataclass(frozen=True, slots=True)
-class ModelShape:
-    """A Llama-like model's sizes."""
+LLAMA_8B = ModelShape("Llama-3.1-8B", 4096, 14336, 32, 32, 8, 128, 128256, _MAX_MODEL_LEN)
 
-    name: str
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    max_model_len: int
 
-    @classmethod
-    def read(cls, model: str | None) -> "ModelShape":
-        """Of a folder with a ``config.json``; None: Llama 3.1 8B's. Raises CalibrationError."""
-        if model is None:
-            return cls("Llama-3.1-8B", 4096, 14336, 32, 32, 8, 128, 128256, 8192)
-        path = Path(model) / "config.json"
-        try:
-            given = json.loads(path.read_text("utf-8"))
-            heads, hidden = given["num_attention_heads"], given["hidden_size"]
-            return cls(
-                name=Path(model).resolve().name,
-                hidden=hidden,
-                intermediate=given["intermediate_size"],
-                layers=given["num_hidden_layers"],
-                heads=heads,
-                kv_heads=given.get("num_key_value_heads") or heads,
-                head_dim=given.get("head_dim") or hidden // heads,
-                vocabulary=given["vocab_size"],
-                max_model_len=min(given.get("max_position_embeddings", 8192), 8192),
-            )
-        except (OSError, ValueError) as error:
-            raise CalibrationError(f"--kernels reads the model's config.json: {error}") from None
-        except KeyError as error:
-            raise CalibrationError(f"{path} has no {error}: --kernels knows Llama-like models only") from None
-
-    def parts(self) -> dict[str, tuple[int, tuple[int, ...]]]:
-        """Projections of a layer: name -> (in_features, widths of their slices)."""
-        kv, q = self.kv_heads * self.head_dim, self.heads * self.head_dim
-        return {
-            "qkv_proj": (self.hidden, (q, kv, kv)),
-            "o_proj": (q, (self.hidden,)),
-            "gate_up_proj": (self.hidden, (self.intermediate, self.intermediate)),
-            "down_proj": (self.intermediate, (self.hidden,)),
-        }
-
-    def layer_weights(self) -> int:
-        """Numbers in a layer's weights."""
-        return sum(inputs * sum(widths) for inputs, widths in self.parts().values())
-
-    def adapter_bytes(self, rank: int, element_bytes: int) -> int:
-        """Of an adapter of that rank on all projections."""
-        per_rank = sum(inputs * len(widths) + sum(widths) for inputs, widths in self.parts().values())
-        return rank * per_rank * self.layers * element_bytes
+def read_shape(model: str | None) -> ModelShape:
+    """Of a folder with a ``config.json``; None: Llama 3.1 8B's. Raises CalibrationError."""
+    if model is None:
+        return LLAMA_8B
+    try:
+        shape = ModelShape.of(read_config(Path(model)), Path(model).resolve().name)
+    except ModelConfigError as error:
+        raise CalibrationError(f"--kernels reads the model's config.json: {error}") from None
+    return replace(shape, max_model_len=min(shape.max_model_len, _MAX_MODEL_LEN))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +57,7 @@ def measure_kernels(
     """See the module's head; steps: other ones than usual. Raises CalibrationError, also without a CUDA device."""
     if device == "cuda" and not torch.cuda.is_available():
         raise CalibrationError("--kernels needs a CUDA device, and torch finds none: leave it out to measure an engine")
-    shape = ModelShape.read(model)
+    shape = read_shape(model)
     timer = _Timer(device)
     bench = _Bench(shape, device, dtype, timer)
     steps = steps or usual_steps(shape.max_model_len)
@@ -197,7 +153,7 @@ class _Bench:
     def _lora(self, step: Step) -> Callable[[], object]:
         parts = self._shape.parts()
         page_elems = max(
-            _BLOCK_TOKENS * self._shape.kv_heads * self._shape.head_dim,
+            self._shape.block_elems(_BLOCK_TOKENS),
             *(width for inputs, widths in parts.values() for width in (inputs, *widths)),
         )
         same = len(set(step.ranks)) == 1
@@ -261,8 +217,7 @@ class _Timer:
 
 def _memory(shape: ModelShape, element_bytes: int, total_bytes: int) -> dict[str, int]:
     kv_bytes = 2 * shape.kv_heads * shape.head_dim * shape.layers * element_bytes
-    weights = shape.layers * shape.layer_weights() + 2 * shape.vocabulary * shape.hidden
-    left = int(0.9 * total_bytes) - weights * element_bytes - _ACTIVATIONS_BYTES
+    left = int(0.9 * total_bytes) - shape.weights() * element_bytes - _ACTIVATIONS_BYTES
     if left < _BLOCK_TOKENS * kv_bytes:
         raise CalibrationError(f"{shape.name} does not fit in {total_bytes / 1e9:.0f} GB of device memory")
     return {
