@@ -5,14 +5,17 @@ captured CUDA graph, which replays the same kernels on the same addresses, sees 
 the graph, before the step, on the stream that runs the step.
 
 Regions of the tensor (S = max_adapters, T = max_tokens; `BatchSpec.regions` gives the starts, csrc repeats them):
-    counts    8     number of segments, small tiles, large tiles; the rest unused
+    counts    8     number of segments, small tiles, large tiles, tokens with an adapter, largest and smallest rank of
+                    the step, both rounded up to a multiple of 8; the rest unused
     table     S     address of the segment's row-offset table (int64 [num_slices, 2, num_pieces, rank])
     rank      S     rank of the segment's adapter
     start     S     first position of the segment in `tokens`
     len       S     number of tokens of the segment
     tokens    T     token indices, grouped by segment; base-only tokens do not appear
-    small     2 x   per tile of SMALL_TILE tokens of one segment: the segment, then the first position in `tokens`
-    large     2 x   the same with LARGE_TILE tokens
+    small     4 x   per tile of SMALL_TILE tokens of one segment, what a program begins with: the table's address, the
+                    rank, the first position in `tokens`, the number of tokens
+    large     4 x   the same with LARGE_TILE tokens
+    locks           of the GPU kernels, zero between launches; not part of a step's copy
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,11 +24,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from chameleon_kernels.launch import VARIANTS, StepCounts, num_locks, padded_rank
 from chameleon_kernels.rows import AdapterRows
 
-SMALL_TILE = 16
-LARGE_TILE = 64
 NUM_COUNTS = 8
+_TILE_FIELDS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +51,11 @@ class BatchSpec:
 
     def regions(self) -> dict[str, tuple[int, int]]:
         """Region name -> (start, length) in the metadata tensor."""
-        small = self.num_tiles(self.max_tokens, SMALL_TILE)
-        large = self.num_tiles(self.max_tokens, LARGE_TILE)
         lengths = {"counts": NUM_COUNTS}
         lengths |= dict.fromkeys(("table", "rank", "start", "len"), self.max_adapters)
-        lengths |= {"tokens": self.max_tokens, "small": 2 * small, "large": 2 * large}
+        lengths |= {"tokens": self.max_tokens}
+        lengths |= {each.name: _TILE_FIELDS * self.num_tiles(self.max_tokens, each.tile) for each in VARIANTS}
+        lengths |= {"locks": num_locks(self.max_rank)}
         regions, at = {}, 0
         for name, length in lengths.items():
             regions[name] = (at, length)
@@ -70,9 +73,11 @@ class LoraBatch:
         self.num_tokens = 0
         self.end = 0  # One past the last element of a KV tensor that this step may read.
         self.adapters: tuple[AdapterRows, ...] = ()  # One per segment; keeps its table alive.
+        self.counts = StepCounts(0, 0, 0, 0, 0)
+        self.for_capture = False  # See `update_for_capture`.
         self._regions = spec.regions()
-        size = sum(length for _, length in self._regions.values())
-        self.meta = torch.zeros(size, dtype=torch.int64, device=device)
+        size, num_locks = self._regions["locks"]
+        self.meta = torch.zeros(size + num_locks, dtype=torch.int64, device=device)
         self._on_host = self.meta.device.type == "cpu"
         # Two staging buffers: the copy of the step before may still be queued when the next step is prepared.
         self._staging = [] if self._on_host else [_Staging(size) for _ in range(2)]
@@ -96,16 +101,23 @@ class LoraBatch:
         chosen = tuple(adapters[i] for i in used)
         self._check(chosen)
         if self._on_host:
-            self._fill(self.meta.numpy(), tokens, starts, lengths, chosen)
+            self.counts = self._fill(self.meta.numpy(), tokens, starts, lengths, chosen)
         else:
             staging = self._staging[0]
             self._staging.reverse()
-            self._fill(staging.acquire(), tokens, starts, lengths, chosen)
+            self.counts = self._fill(staging.acquire(), tokens, starts, lengths, chosen)
             staging.copy_to(self.meta)
+        self.for_capture = False
         self._previous, self.adapters = self.adapters, chosen
         self._spans = list(zip(starts.tolist(), lengths.tolist(), strict=True))
         self.num_segments, self.num_lora_tokens, self.num_tokens = len(chosen), len(tokens), len(index)
         self.end = max((adapter.end for adapter in chosen), default=0)
+
+    def update_for_capture(self, num_tokens: int) -> None:
+        """Describe a step without adapters whose launches are those of any step of so many tokens, with adapters or
+        without: what a CUDA graph is captured from. After `update` a step without adapters launches nothing."""
+        self.update(np.full(num_tokens, -1), ())
+        self.for_capture = True
 
     def segments(self) -> Iterator[tuple[torch.Tensor, AdapterRows]]:
         """(token indices as a view into `meta`, adapter) of every adapter in the step."""
@@ -129,28 +141,39 @@ class LoraBatch:
         starts: np.ndarray,
         lengths: np.ndarray,
         chosen: Sequence[AdapterRows],
-    ) -> None:
+    ) -> StepCounts:
         count = len(chosen)
         at = {name: start for name, (start, _) in self._regions.items()}
-        meta[at["table"] : at["table"] + count] = [adapter.offsets.data_ptr() for adapter in chosen]
-        meta[at["rank"] : at["rank"] + count] = [adapter.rank for adapter in chosen]
+        tables = np.array([adapter.offsets.data_ptr() for adapter in chosen], dtype=np.int64)
+        ranks = np.array([adapter.rank for adapter in chosen], dtype=np.int64)
+        meta[at["table"] : at["table"] + count] = tables
+        meta[at["rank"] : at["rank"] + count] = ranks
         meta[at["start"] : at["start"] + count] = starts
         meta[at["len"] : at["len"] + count] = lengths
         meta[at["tokens"] : at["tokens"] + len(tokens)] = tokens
-        meta[0] = count
-        for slot, (name, tile) in enumerate((("small", SMALL_TILE), ("large", LARGE_TILE)), start=1):
-            meta[slot] = _fill_tiles(meta[at[name] : at[name] + self._regions[name][1]], starts, lengths, tile)
+        num_tiles = [
+            _fill_tiles(meta[at[each.name] : at["locks"]], tables, ranks, starts, lengths, each.tile)
+            for each in VARIANTS
+        ]
+        padded = [padded_rank(int(rank)) for rank in ranks] or [0]
+        counts = StepCounts(*num_tiles, len(tokens), max(padded), min(padded))
+        meta[:6] = (count, *num_tiles, counts.tokens, counts.max_rank, counts.min_rank)
+        return counts
 
 
-def _fill_tiles(region: np.ndarray, starts: np.ndarray, lengths: np.ndarray, tile: int) -> int:
+def _fill_tiles(
+    region: np.ndarray, tables: np.ndarray, ranks: np.ndarray, starts: np.ndarray, lengths: np.ndarray, tile: int
+) -> int:
     """Cut segments into tiles of at most `tile` tokens; returns how many."""
     per_segment = -(-lengths // tile)
     total = int(per_segment.sum())
     segment = np.repeat(np.arange(len(starts)), per_segment)
-    nth = np.arange(total) - np.repeat(np.cumsum(per_segment) - per_segment, per_segment)
-    capacity = len(region) // 2
-    region[:total] = segment
-    region[capacity : capacity + total] = np.repeat(starts, per_segment) + nth * tile
+    done = tile * (np.arange(total) - np.repeat(np.cumsum(per_segment) - per_segment, per_segment))
+    records = region[: _TILE_FIELDS * total].reshape(total, _TILE_FIELDS)
+    records[:, 0] = tables[segment]
+    records[:, 1] = ranks[segment]
+    records[:, 2] = starts[segment] + done
+    records[:, 3] = np.minimum(tile, lengths[segment] - done)
     return total
 
 
@@ -166,5 +189,5 @@ class _Staging:
         return self._host.numpy()
 
     def copy_to(self, meta: torch.Tensor) -> None:
-        meta.copy_(self._host, non_blocking=True)
+        meta[: len(self._host)].copy_(self._host, non_blocking=True)
         self._copied.record()

@@ -1,4 +1,4 @@
-"""What callers use: `apply_lora` for a whole part, `shrink` and `expand` for its halves; the device picks the code.
+"""What callers use: `apply_lora` for a whole part, `shrink` and `expand` for its halves on a CPU.
 
     y[i, out_start_s : out_start_s + out_s] += (x[i] @ A_s.T) @ B_s        for every token i that has an adapter
 
@@ -24,11 +24,13 @@ except ImportError:  # A CPU installation needs no Triton.
 def apply_lora(y: torch.Tensor, x: torch.Tensor, kv: torch.Tensor, batch: LoraBatch, part: Part) -> None:
     """y += LoRA(x) for one part of one layer, in place. Raises ValueError on shapes or dtypes that do not fit.
 
-    On a GPU nothing waits for the device, and the launches depend only on x.shape[0], `batch.spec` and `part`: safe to
-    capture in a CUDA graph (run once before, so that Triton compiles) and to trace with torch.compile.
+    On a GPU nothing waits for the device. While a CUDA graph is captured, and after `batch.update_for_capture`, the
+    launches depend only on x.shape[0], `batch.spec` and `part`, and serve any step of so many tokens (run once before,
+    so that Triton compiles); otherwise they are those that the step needs, none for a step without adapters. Can be
+    traced with torch.compile.
     """
-    if torch.compiler.is_compiling() or not x.is_cpu:
-        _check_shapes(y, x, kv, part)
+    _check_shapes(y, x, kv, part)
+    if torch.compiler.is_compiling():
         spec = batch.spec
         bounds = (spec.max_tokens, spec.max_adapters, spec.max_rank)
         pieces = (part.piece_elems, part.num_pieces)
@@ -36,10 +38,13 @@ def apply_lora(y: torch.Tensor, x: torch.Tensor, kv: torch.Tensor, batch: LoraBa
             y, x, kv, batch.meta, *bounds, part.first_slice, part.slice_widths, *pieces
         )
         return
-    _check_shapes(y, x, kv, part)
-    _check_step(x.shape[0], kv, batch)
-    if batch.num_segments == 0:
+    if batch.num_segments == 0 and not batch.for_capture:
         return
+    if not x.is_cpu:
+        captured = batch.for_capture or torch.cuda.is_current_stream_capturing()
+        _triton().paged_lora(y, x, kv, batch.meta, batch.spec, part, None if captured else batch.counts)
+        return
+    _check_step(x.shape[0], kv, batch)
     if load_library() is None:
         cpu.small_gemms(y, x, kv, batch, part)
     else:
@@ -47,30 +52,22 @@ def apply_lora(y: torch.Tensor, x: torch.Tensor, kv: torch.Tensor, batch: LoraBa
 
 
 def new_hidden(x: torch.Tensor, batch: LoraBatch, part: Part) -> torch.Tensor:
-    """Uninitialised h for `shrink`: float32 [num_splits, num_slices, num_tokens, max_rank]; one split on the CPU."""
-    if x.is_cuda:
-        return _triton().new_hidden(x, batch.spec, part.num_slices)
+    """Uninitialised h: float32 [1, num_slices, num_tokens, max_rank]."""
     return torch.empty(1, part.num_slices, x.shape[0], batch.spec.max_rank, dtype=torch.float32)
 
 
 def shrink(h: torch.Tensor, x: torch.Tensor, kv: torch.Tensor, batch: LoraBatch, part: Part) -> None:
-    """sum over splits of h[:, s, i, :rank_s] = x[i] @ A_s.T for every token i that has an adapter; h from `new_hidden`.
+    """h[0, s, i, :rank_s] = x[i] @ A_s.T for every token i that has an adapter; h from `new_hidden`. On a CPU with the
+    compiled kernel only; `apply_lora` runs anywhere.
 
-    What lies beyond a slice's stored rows, and of base-only tokens, stays as it was. On the CPU this needs the compiled
-    kernel; `apply_lora` does not.
+    What lies beyond a slice's stored rows, and of base-only tokens, stays as it was.
     """
-    if x.is_cuda:
-        _triton().shrink(h, x, kv, batch.meta, batch.spec, part)
-        return
     _check_step(x.shape[0], kv, batch)
     cpu.compiled(cpu.SHRINK, None, x, h, kv, batch.meta, batch.spec.max_adapters, part)
 
 
 def expand(y: torch.Tensor, h: torch.Tensor, kv: torch.Tensor, batch: LoraBatch, part: Part) -> None:
-    """y[i, out_start_s : + out_s] += (sum over splits of h[:, s, i]) @ B_s for every token i that has an adapter."""
-    if y.is_cuda:
-        _triton().expand(y, h, kv, batch.meta, batch.spec, part)
-        return
+    """y[i, out_start_s : + out_s] += h[0, s, i] @ B_s for every token i that has an adapter; where `shrink` runs."""
     _check_step(y.shape[0], kv, batch)
     cpu.compiled(cpu.EXPAND, y, None, h, kv, batch.meta, batch.spec.max_adapters, part)
 

@@ -12,6 +12,7 @@ import torch
 
 from chameleon_kernels import reference
 from chameleon_kernels.batch import BatchSpec, LoraBatch
+from chameleon_kernels.launch import SMALL_STEP_TOKENS
 from chameleon_kernels.layout import Part, RowPlan, layer_parts, plan_rows, slice_shapes
 from chameleon_kernels.ops import apply_lora
 from chameleon_kernels.rows import AdapterRows, pack
@@ -83,16 +84,26 @@ def make_batch(layer: Layer, token_adapter: Sequence[int] | np.ndarray, **bounds
     return batch
 
 
-def self_check(device: torch.device | str, dtype: torch.dtype) -> None:
-    """Compare this machine's kernels with the reference on a small step of mixed ranks and base-only tokens, as in
-    decode and in prefill. Raises RuntimeError if they differ. Milliseconds on a CPU, seconds where Triton compiles.
+# Widths for every path: an input of one block, so that nothing is split, rows in several pages, odd widths.
+_CHECK_SHAPES = DEMO_SHAPES | {"narrow": (64, (40,)), "odd": (60, (37, 19))}
+
+
+def self_check(device: torch.device | str, dtype: torch.dtype, apply: Apply = apply_lora) -> None:
+    """Compare this machine's kernels with the reference on steps of mixed ranks and base-only tokens: every variant
+    that the launch plan can choose, tokens alone and in company, rows that lie whole and in pieces. So each has been
+    compiled before the first request. Raises RuntimeError if they differ. Under a second on a CPU, tens of seconds
+    where Triton compiles.
     """
-    layer = make_layer([8, 64, 16], dtype=dtype, device=device)
-    for token_adapter in ([0, 1, -1, 2], [1] * 40 + [-1] * 3 + [0] * 21):
-        try:
-            check_against_reference(apply_lora, layer, make_batch(layer, token_adapter), dtype)
-        except AssertionError as error:
-            raise RuntimeError(f"LoRA kernels compute wrong results in {dtype} on {device}: {error}") from error
+    decode = [0, 1, -1, 2]
+    prompts = [1] * 40 + [-1] * 3 + [0] * 21
+    long_prompts = [2, *[1] * (SMALL_STEP_TOKENS - 60), *[-1] * 7, *[0] * 90, 1]
+    for page_elems in (4096, 512):
+        layer = make_layer([8, 64, 16], _CHECK_SHAPES, page_elems, dtype, device)
+        for token_adapter in (decode, prompts, long_prompts):
+            try:
+                check_against_reference(apply, layer, make_batch(layer, token_adapter), dtype)
+            except AssertionError as error:
+                raise RuntimeError(f"LoRA kernels compute wrong results in {dtype} on {device}: {error}") from error
 
 
 def popularity(kind: str, num_tokens: int, num_adapters: int, rng: np.random.Generator) -> np.ndarray:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from chameleon_kernels import apply_lora
-from chameleon_kernels.testing import check_against_reference, make_batch, make_layer, popularity
+from chameleon_kernels.testing import check_against_reference, make_batch, make_layer, popularity, self_check
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,6 +39,30 @@ def test_matches_the_reference(dtype: torch.dtype, kind: str, num_tokens: int) -
 def test_odd_widths_rows_at_page_ends_many_slices_and_lower_ranks(page_elems: int) -> None:
     layer = make_layer([3, [1, 17, 0, 5, 0, 2, 33, 0], [0] * 7 + [4]], ODD_SHAPES, page_elems, device="cuda")
     check_against_reference(apply_lora, layer, make_batch(layer, [0, 1, 1, -1, 2, 1, 0] * 4), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_check_at_start_passes(dtype: torch.dtype) -> None:
+    self_check("cuda", dtype)
+
+
+def test_a_graph_of_a_step_without_adapters_holds_no_launch_of_ours_and_a_warm_up_steps_does() -> None:
+    layer = make_layer(RANK_MIX, dtype=torch.bfloat16, device="cuda")
+    batch, part = make_batch(layer, [0] * 8), layer.parts["o_proj"]
+    x, y = (torch.zeros(8, 256, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    apply_lora(y, x, layer.kv, batch, part)
+    for update, changes in ((lambda: batch.update([-1] * 8, ()), False), (lambda: batch.update_for_capture(8), True)):
+        update()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y.add_(0)
+            apply_lora(y, x, layer.kv, batch, part)
+        batch.update([0] * 8, layer.adapters)
+        x.fill_(1.0)
+        y.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert bool(y.any()) == changes
 
 
 def test_neither_update_nor_apply_waits_for_the_device() -> None:

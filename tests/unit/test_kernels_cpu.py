@@ -18,6 +18,7 @@ from chameleon_kernels.testing import (
     make_batch,
     make_layer,
     popularity,
+    self_check,
 )
 
 RANK_MIX = [8, 16, 32, 64, 128, 256]
@@ -83,6 +84,18 @@ def test_rows_at_page_ends_rows_over_several_pages_and_sizes_that_divide_nothing
     assert {part.num_pieces for part in layer.parts.values()} == {num_pieces}
     token_adapter = popularity("skewed", 40, 5, np.random.default_rng(0))
     check_against_reference(apply, layer, make_batch(layer, token_adapter), torch.float32)
+
+
+@pytest.mark.parametrize("largest_right", [4, 64])
+def test_the_check_at_start_finds_kernels_that_are_wrong_for_many_tokens_only(largest_right: int) -> None:
+    def wrong(y: torch.Tensor, x: torch.Tensor, kv: torch.Tensor, batch: LoraBatch, part: Part) -> None:
+        apply_lora(y, x, kv, batch, part)
+        if len(x) > largest_right:
+            y *= 1.5
+
+    self_check("cpu", torch.float32)
+    with pytest.raises(RuntimeError, match="wrong results"):
+        self_check("cpu", torch.float32, wrong)
 
 
 @every_implementation

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from chameleon_kernels import AdapterRows, BatchSpec, LoraBatch, PageTooSmallError, layer_parts, pack, plan_rows
-from chameleon_kernels.batch import LARGE_TILE, SMALL_TILE
+from chameleon_kernels.launch import VARIANTS
 from chameleon_kernels.layout import PIECE_ALIGN, piece_spans, slice_shapes
 from chameleon_kernels.testing import DEMO_SHAPES, make_layer
 from hypothesis import given
@@ -168,10 +168,13 @@ def test_tiles_cover_every_token_once_within_the_fixed_grid(num_tokens: int) -> 
     batch.update(token_adapter, adapters)
     meta, regions = batch.meta.numpy(), spec.regions()
     field = {name: meta[start : start + length] for name, (start, length) in regions.items()}
-    for slot, (name, tile) in enumerate((("small", SMALL_TILE), ("large", LARGE_TILE)), start=1):
-        count = int(meta[slot])
-        assert count <= spec.num_tiles(num_tokens, tile)
-        segment, first = field[name][:count], field[name][len(field[name]) // 2 :][:count]
-        end = np.minimum(first + tile, (field["start"] + field["len"])[segment])
-        covered = np.concatenate([field["tokens"][a:b] for a, b in zip(first, end, strict=True)])
+    for variant in VARIANTS:
+        count = int(meta[variant.count_slot])
+        assert count == batch.counts.tiles(variant) <= spec.num_tiles(num_tokens, variant.tile)
+        tables, ranks, first, length = field[variant.name].reshape(-1, 4)[:count].T
+        assert length.max(initial=0) <= variant.tile and set(ranks) <= {8}
+        spans = zip(first, first + length, strict=True)
+        covered = np.concatenate([field["tokens"][a:b] for a, b in spans]) if count else np.zeros(0)
         assert sorted(covered) == np.flatnonzero(token_adapter >= 0).tolist()
+        owner = {adapter.offsets.data_ptr(): i for i, adapter in enumerate(adapters)}
+        assert [owner[table] for table in tables] == [token_adapter[field["tokens"][a]] for a in first]

@@ -7,7 +7,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,16 @@ import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-from chameleon_kernels import BatchSpec, LoraBatch, Part, triton_ops  # noqa: E402
-from chameleon_kernels.batch import NUM_COUNTS  # noqa: E402
-from chameleon_kernels.testing import check_against_reference, make_batch, make_layer, popularity  # noqa: E402
+from chameleon_kernels import LoraBatch, Part, triton_ops  # noqa: E402
+from chameleon_kernels.launch import LARGE, SMALL, SMALL_STEP_TOKENS, StepCounts, Variant  # noqa: E402
+from chameleon_kernels.testing import (  # noqa: E402
+    Apply,
+    check_against_reference,
+    make_batch,
+    make_layer,
+    popularity,
+    self_check,
+)
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -27,10 +35,24 @@ ODD_SHAPES = {"qkv": (50, (37, 19, 19)), "five": (50, (3, 20, 9, 11, 130))}
 
 
 def apply(y: torch.Tensor, x: torch.Tensor, kv: torch.Tensor, batch: LoraBatch, part: Part) -> None:
-    """Both launches with poisoned scratch."""
-    h = triton_ops.new_hidden(x, batch.spec, part.num_slices).fill_(torch.nan)
-    triton_ops.shrink(h, x, kv, batch.meta, batch.spec, part)
-    triton_ops.expand(y, h, kv, batch.meta, batch.spec, part)
+    """Just the programs that the step needs, with poisoned scratch."""
+    _apply(y, x, kv, batch, part, batch.counts)
+
+
+def apply_as_captured(y: torch.Tensor, x: torch.Tensor, kv: torch.Tensor, batch: LoraBatch, part: Part) -> None:
+    """The launches of any step of so many tokens."""
+    _apply(y, x, kv, batch, part, None)
+
+
+def _apply(
+    y: torch.Tensor, x: torch.Tensor, kv: torch.Tensor, batch: LoraBatch, part: Part, counts: StepCounts | None
+) -> None:
+    if batch.num_segments:
+        launches = triton_ops.plan(x.shape[0], batch.spec, part, counts, triton_ops._INTERPRETED_PROCESSORS)
+        hidden = triton_ops.new_hidden(launches, x.device).fill_(torch.nan)
+        triton_ops.paged_lora(y, x, kv, batch.meta, batch.spec, part, counts, hidden)
+        locks_at, num_locks = batch.spec.regions()["locks"]
+        assert not batch.meta[locks_at : locks_at + num_locks].any()
 
 
 if INTERPRETED:
@@ -42,11 +64,11 @@ if INTERPRETED:
         token_adapter = popularity(kind, 10, 6, np.random.default_rng(3))
         check_against_reference(apply, layer, make_batch(layer, token_adapter), dtype, padding=2)
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_prefill_in_large_tiles_beside_decode(dtype: torch.dtype) -> None:
         layer = make_layer([8, 48], {"p": (96, (64, 32))}, 512, dtype)
         token_adapter = [0, -1, *[1] * 300, 0, *[-1] * 230, *[0] * 20]
-        assert len(token_adapter) > triton_ops.SMALL_STEP_TOKENS
+        assert len(token_adapter) > SMALL_STEP_TOKENS
         check_against_reference(apply, layer, make_batch(layer, token_adapter), dtype)
 
     @pytest.mark.parametrize("page_elems", [136, 264, 600])
@@ -61,15 +83,70 @@ if INTERPRETED:
         token_adapter = popularity("skewed", num_tokens, 2, np.random.default_rng(0))
         check_against_reference(apply, layer, make_batch(layer, token_adapter), torch.float32)
 
-    def test_results_repeat_bit_by_bit_and_more_room_changes_nothing() -> None:
+    @pytest.mark.parametrize("num_processors", [1, 4, 32])
+    @pytest.mark.parametrize("launches", [apply, apply_as_captured])
+    def test_any_number_of_processors_and_of_splits(
+        launches: Apply, num_processors: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """From one split, so that no program waits for others, to one for each 128 input columns."""
+        monkeypatch.setattr(triton_ops, "_INTERPRETED_PROCESSORS", num_processors)
+        triton_ops._device.cache_clear()
+        layer = make_layer([8, 40], {"p": (700, (64, 300))}, 2048)
+        for token_adapter in ([0], [1, -1, 0] * 7, [1] * 20):
+            check_against_reference(launches, layer, make_batch(layer, token_adapter), torch.float32, padding=1)
+        triton_ops._device.cache_clear()
+
+    @pytest.mark.parametrize("name", ["_shrink_kernel", "_expand_kernel"])
+    @pytest.mark.parametrize("variant", [SMALL, LARGE], ids=lambda variant: variant.name)
+    def test_a_kernel_that_is_wrong_in_one_variant_only_is_found(
+        variant: Variant, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """By the check at start, before anything is served: here every second column of tiles is left out."""
+        kernel = getattr(triton_ops, name)
+
+        class Wrong:
+            def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+                def launch(*args: object, BLOCK_M: int, **constants: object) -> None:
+                    right = kernel[grid]
+                    if variant.tile == BLOCK_M:
+                        args[0].fill_(1.0)
+                    else:
+                        right(*args, BLOCK_M=BLOCK_M, **constants)
+
+                return launch
+
+        monkeypatch.setattr(triton_ops, name, Wrong())
+        with pytest.raises(RuntimeError, match=r"wrong results in torch\.float32 on cpu"):
+            self_check("cpu", torch.float32, apply)
+
+    def test_results_repeat_bit_by_bit_and_captured_launches_compute_the_same() -> None:
         layer = make_layer([8, 24], SHAPES, 512)
         part, x = layer.parts["down"], torch.randn(40, 160)
         results = []
-        for bounds in ({}, {}, {"max_tokens": 700, "max_adapters": 90, "max_rank": 64}):
+        room = {"max_tokens": 700, "max_adapters": 90, "max_rank": 64}
+        for launches, bounds in (
+            (apply, {}),
+            (apply, {}),
+            (apply, room),
+            (apply_as_captured, {}),
+            (apply_as_captured, room),
+        ):
             batch = make_batch(layer, [0, 1] * 20, **bounds)
             results.append(torch.zeros(40, 96))
-            apply(results[-1], x, layer.kv, batch, part)
-        assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+            launches(results[-1], x, layer.kv, batch, part)
+        assert all(torch.equal(results[0], result) for result in results)
+
+    def test_rows_of_x_that_a_layer_does_not_have_are_not_touched() -> None:
+        """A layer may be called with fewer rows than the step has tokens."""
+        layer = make_layer([8, 16], SHAPES, 512)
+        part = layer.parts["down"]
+        batch = make_batch(layer, [0, 1, 0, 1, 1, 1])
+        x, y = torch.randn(6, 160), torch.zeros(6, 96)
+        apply(y, x, layer.kv, batch, part)
+        few = torch.zeros(6, 96)
+        apply(few[:2], x[:2], layer.kv, batch, part)
+        torch.testing.assert_close(few[:2], y[:2])
+        assert not few[2:].any()
 
     def test_launches_that_stay_the_same_follow_the_metadata() -> None:
         """What a CUDA graph does: the same call on the same tensors after the batch was updated."""
@@ -77,7 +154,7 @@ if INTERPRETED:
         batch = make_batch(layer, [0, 1, 1, 2], max_tokens=16, max_adapters=3)
         for token_adapter in ([2, 2, -1, 0], [-1] * 4, [1, 0, 2, -1]):
             batch.update(token_adapter, layer.adapters)
-            check_against_reference(apply, layer, batch, torch.float32, padding=12)
+            check_against_reference(apply_as_captured, layer, batch, torch.float32, padding=12)
 
 else:
 
@@ -90,34 +167,49 @@ else:
             capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-        assert re.search(r"\b21 passed", done.stdout) and "skipped" not in done.stdout, done.stdout
+        assert re.search(r"\b32 passed", done.stdout) and "skipped" not in done.stdout, done.stdout
 
-    @pytest.mark.parametrize("capability", [80, 90])
-    @pytest.mark.parametrize("num_tokens", [32, 1024])
-    def test_compiles_for_gpus_with_tensor_cores_and_wide_loads(capability: int, num_tokens: int) -> None:
-        """No GPU is needed to compile for one; that the weights are read 16 bytes at a time shows in the PTX."""
-        launch = triton_ops.plan_launch(BatchSpec(8192, 64), num_tokens, 4096)
-        common = {"COUNT_SLOT": launch.count_slot, "BLOCK_M": launch.block_m, "NUM_SPLITS": launch.num_splits,
-                  "UPCAST": False, "NUM_COUNTS": NUM_COUNTS}  # fmt: skip
-        shrink = common | {"BLOCK_R": launch.block_r, "BLOCK_K": launch.block_k, "RANK_PROGRAMS": launch.rank_programs}
-        expand = common | {"BLOCK_R": 16, "BLOCK_N": launch.block_n}
-        sizes = ("in_features", "piece_elems", "out_start", "w0", "w1", "w2", "w3")
+    @pytest.mark.parametrize("capability", [80, 90, 100, 120])
+    @pytest.mark.parametrize("variant", [SMALL, LARGE], ids=lambda variant: variant.name)
+    def test_compiles_for_gpus_with_tensor_cores_wide_loads_and_no_spills(variant: Variant, capability: int) -> None:
+        """No GPU is needed to compile for one; that weights and h are read 16 bytes at a time shows in the PTX."""
+        common = {"COUNT_SLOT": variant.count_slot, "BLOCK_M": variant.tile, "UPCAST": False, "PDL": capability >= 90}
+        common |= {"SINGLE": variant.single}
+        shrink = common | {"BLOCK_N": variant.rows, "BLOCK_K": variant.block_k}
+        expand = common | {"BLOCK_R": variant.expand_rows, "BLOCK_N": variant.columns}
         for kernel, constants in ((triton_ops._shrink_kernel, shrink), (triton_ops._expand_kernel, expand)):
-            ptx = compile_for(kernel, constants, sizes, capability)
-            assert re.search(r"(wg)?mma\.\S*f32\.bf16\.bf16", ptx)
-            assert re.search(r"cp\.async\.cg\.shared\.global [^;]*, 0x10", ptx)
+            compiled = compile_for(kernel, constants, capability, variant)
+            ptx = compiled.asm["ptx"]
+            assert re.search(r"(mma|tcgen05)\.\S*(f32\.bf16\.bf16|kind::f16)", ptx)
+            assert re.search(r"cp\.async\.cg\.shared\.global [^;]*, 0x10|ld\.global\.\S*v4", ptx)
+            assert not re.search(r"cp\.async\.ca\.shared\.global [^;]*, 0x4\b", ptx)
+            assert ("griddepcontrol" in ptx) == (capability >= 90)
+            assert stack_bytes(compiled.asm["cubin"]) == 0
 
-    def compile_for(kernel: object, constants: dict[str, object], sizes: Sequence[str], capability: int) -> str:
-        """PTX of a kernel on bfloat16, with strides and `sizes` divisible by 16, as for every common model."""
+    def compile_for(kernel: object, constants: dict[str, object], capability: int, variant: Variant) -> object:
+        """A kernel on bfloat16, with strides and sizes divisible by 16, as for every common model."""
         signature, attributes = {}, {}
         types = {"h_ptr": "*fp32", "meta_ptr": "*i64"}
+        unknown = {kernel.arg_names[param] if isinstance(param, int) else param for param in kernel.do_not_specialize}
         for i, name in enumerate(kernel.arg_names):
             if name in constants:
                 signature[name] = "constexpr"
                 continue
             signature[name] = types.get(name, "*bf16") if name.endswith("_ptr") else "i32"
-            if name.endswith(("_ptr", "_stride")) or name in sizes:
+            if name not in unknown:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         by_index = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        options = {"num_warps": variant.num_warps}
+        if kernel is triton_ops._shrink_kernel:
+            options["num_stages"] = variant.shrink_stages
         source = triton.compiler.ASTSource(kernel, signature, by_index, attributes)
-        return triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+    def stack_bytes(cubin: bytes) -> int:
+        """What a thread keeps in memory for want of registers, by NVIDIA's own tool, which comes with Triton."""
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(cubin)
+            file.flush()
+            tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+            usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        return int(re.search(r"STACK:(\d+)", usage)[1])

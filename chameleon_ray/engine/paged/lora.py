@@ -19,7 +19,12 @@ from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.utils.torch_utils import direct_register_custom_op
+from vllm.utils.torch_utils import (
+    LayerNameType,
+    _encode_layer_name,
+    _resolve_layer_name,
+    direct_register_custom_op,
+)
 
 from chameleon_ray.engine.paged.checkpoint import LayerModule
 from chameleon_ray.engine.paged.host import AdapterHost
@@ -66,8 +71,9 @@ class PagedLinear:
     ) -> None:
         """y += LoRA(x) in place; what vLLM passes of weights is empty and the scale is in the weights already."""
         if torch.compiler.is_compiling():
-            # Traced before there is a KV cache: the graph holds the layer's name only.
-            torch.ops.vllm.chameleon_paged_lora(y, x, self.name)
+            # Traced before there is a KV cache: the graph holds the layer's name only, as an input (see LayerName),
+            # so that layers of one shape are compiled once.
+            torch.ops.vllm.chameleon_paged_lora(y, x, _encode_layer_name(self.name))
         else:
             self.add(y, x)
 
@@ -80,11 +86,11 @@ class PagedLinear:
 _linears: dict[str, PagedLinear] = {}
 
 
-def _paged_lora(y: torch.Tensor, x: torch.Tensor, layer_name: str) -> None:
-    _linears[layer_name].add(y, x)
+def _paged_lora(y: torch.Tensor, x: torch.Tensor, layer_name: LayerNameType) -> None:
+    _linears[_resolve_layer_name(layer_name)].add(y, x)
 
 
-def _paged_lora_fake(y: torch.Tensor, x: torch.Tensor, layer_name: str) -> None:
+def _paged_lora_fake(y: torch.Tensor, x: torch.Tensor, layer_name: LayerNameType) -> None:
     return None
 
 
@@ -136,9 +142,12 @@ class PagedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         """Describe the next step to the kernels."""
         if mapping is None:
             return
-        if self._host is None or any(request.lora_path == WARM_UP_PATH for request in requests):
-            self._batch.update(np.full(len(mapping.index_mapping), -1), ())
+        if any(request.lora_path == WARM_UP_PATH for request in requests):
+            self._batch.update_for_capture(len(mapping.index_mapping))
             self._seen = None
+            return
+        if self._host is None:
+            self._batch.update(np.full(len(mapping.index_mapping), -1), ())
             return
         seen = (mapping.index_mapping, self._host.version)
         if seen == self._seen:
