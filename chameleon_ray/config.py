@@ -100,6 +100,11 @@ class EngineConfig(_Section):
     cpu_threads: PositiveInt | None = Field(
         default=None, description="compute threads per CPU engine; default: all cores"
     )
+    worker_spin_s: Annotated[float, Field(ge=0)] | None = Field(
+        default=None,
+        description="seconds that a worker process polls for its next step before it sleeps; default: 0.002 on nodes "
+        "with fewer cores than twice their engine processes, else vLLM's 1",
+    )
     length_predictor: str = Field(
         default="history",
         min_length=1,

@@ -6,6 +6,7 @@ checked; what the configuration names itself is set on top.
 
 import logging
 from argparse import Namespace
+from pathlib import Path
 from typing import Any, get_args
 
 from vllm.config.lora import MaxLoRARanks
@@ -14,11 +15,15 @@ from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from chameleon_ray.config import AppConfig, ConfigError, EngineConfig
+from chameleon_ray.engine.environment import num_engine_processes, usable_cores, worker_spin_s
 from chameleon_ray.engine.paged.options import PagedSettings, paged_arguments
+from chameleon_ray.engine.spin import EXECUTOR, SETTINGS_KEY
 
 logger = logging.getLogger("ray.serve")
 
 GIB = 2**30
+NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
+"""One entry per GPU of the node, whichever of them this process may use."""
 RESIDENCY_EXTENSION = "chameleon_ray.engine.residency.AdapterResidency"
 
 
@@ -53,7 +58,10 @@ def server_args(config: AppConfig) -> Namespace:
     """The argument namespace that ``vllm serve`` would have parsed. Raises ConfigError for an unknown vLLM option."""
     config = resolve_adapter_memory(config)
     args = make_arg_parser(FlexibleArgumentParser()).parse_args([])
-    for name, value in (_own_arguments(config) | _checked(args, config.engine.vllm_args)).items():
+    own, extra = _own_arguments(config), _checked(args, config.engine.vllm_args)
+    if isinstance(more := extra.get("additional_config"), dict):
+        extra = extra | {"additional_config": own.get("additional_config", {}) | more}
+    for name, value in (own | extra).items():
         setattr(args, name, value)
     try:
         validate_parsed_serve_args(args)
@@ -95,7 +103,27 @@ def _own_arguments(config: AppConfig) -> dict[str, Any]:
         kv_cache_gib = 1.0  # vLLM's own default takes a share of all host memory, for every engine on the machine
     if kv_cache_gib is not None:
         arguments["kv_cache_memory_bytes"] = int(kv_cache_gib * GIB)
+    if (spin := _spin(config)) is not None:
+        arguments["distributed_executor_backend"] = EXECUTOR
+        arguments["additional_config"] = {**arguments.get("additional_config", {}), SETTINGS_KEY: spin}
     return arguments
+
+
+def _spin(config: AppConfig) -> float | None:
+    """Seconds that worker processes poll for; None for vLLM's own, and where there are no worker processes."""
+    on_cpu = resolve_device(config.engine) == "cpu"
+    if not on_cpu and config.engine.tensor_parallel_size == 1:
+        return None  # the worker is a part of EngineCore
+    cores, num_gpus = usable_cores(), None if on_cpu else len(list(NVIDIA_GPUS.glob("*"))) or None
+    num_processes = num_engine_processes(config, cores, num_gpus)
+    spin_s = worker_spin_s(config, cores, num_processes)
+    logger.info(
+        "engine.worker_spin_s: workers poll for %s after each step (%g cores for up to %d engine processes)",
+        "vLLM's own time" if spin_s is None else f"{spin_s:g} s",
+        cores,
+        num_processes,
+    )
+    return spin_s
 
 
 def _slots(config: AppConfig) -> dict[str, Any]:

@@ -4,9 +4,11 @@ import asyncio
 import logging
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chameleon_kernels import cpu_build
+from spin_probe import PROBE
 
 from chameleon_ray.config import AppConfig
 from chameleon_ray.demo import DemoPaths
@@ -34,16 +36,17 @@ def test_kernel_that_computes_wrong_results_is_found_before_anything_is_served(
     monkeypatch.setenv(cpu_build.CACHE_ENV, str(tmp_path))
     _break(cpu_build.build(), tmp_path)
     monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
-    config = AppConfig.from_args({"model": {"source": str(demo.model)}, "engine": {"kv_cache_gib": 0.1}})
+    engine = {"kv_cache_gib": 0.1, "worker_spin_s": 0.003, "vllm_args": {"worker_extension_cls": PROBE}}
+    config = AppConfig.from_args({"model": {"source": str(demo.model)}, "engine": engine})
 
-    async def served_from() -> str:
+    async def served_from() -> tuple[str, Any]:
         server = await EngineServer.start(config)
         try:
-            return server.adapter_memory
+            return server.adapter_memory, await server._engine.collective_rpc("spin_times")
         finally:
             server.shutdown()
 
-    assert asyncio.run(served_from()) == "slots"
+    assert asyncio.run(served_from()) == ("slots", [[0.003]]), "in slots, workers poll as long as they were told"
     assert "LoRA kernels compute wrong results" in caplog.text
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from engine_harness import PagedEngine
 from safetensors.numpy import load_file, save_file
+from spin_probe import PROBE
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.metrics.stats import SchedulerStats
 
@@ -208,7 +209,9 @@ def serve(demo: DemoPaths, test: Callable[[Served], Awaitable[None]]) -> None:
     config = AppConfig.from_args(
         {
             "model": {"source": str(demo.model), "name": "demo"},
-            "engine": small | {"adapter_memory": "paged", "adapter_host_gib": 0.1},
+            "engine": small
+            | {"adapter_memory": "paged", "adapter_host_gib": 0.1}
+            | {"worker_spin_s": 0.003, "vllm_args": {"worker_extension_cls": PROBE}},
             "adapters": {"retry_after_s": RETRY_S},
         }
     )
@@ -259,6 +262,7 @@ def test_client_learns_why_its_adapter_cannot_be_used_and_nobody_else_is_harmed(
         assert [(status, json.loads(body)["choices"][0]["text"]) for status, body in others] == [(200, text)] * 4
         assert base[0] == 200 and base[1].endswith(b"data: [DONE]\n\n") and b"error" not in base[1]
         _check_reports(served.server, name)
+        assert await served.server._engine.collective_rpc("spin_times") == [[0.003]]
 
     serve(demo, test)
 

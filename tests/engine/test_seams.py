@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 from engine_harness import PagedEngine
+from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.model_manager import LoRAModelManager
@@ -14,6 +15,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.request import Request
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
@@ -39,6 +41,8 @@ PARAMETERS = {
     WorkerLoRAManager.create_lora_manager: "self model vllm_config",
     WorkerLoRAManager.set_active_adapters: "self requests mapping",
     Worker.initialize_from_config: "self kv_cache_config",
+    MultiprocExecutor._init_executor: "self",
+    SpinCondition.__init__: "self is_reader context notify_address busy_loop_s",
     KVConnectorBase_V1.set_xfer_handshake_metadata: "self metadata",
     KVConnectorBase_V1.on_new_request: "self request",
     KVConnectorBase_V1.update_state_after_alloc: "self request blocks num_external_tokens",
@@ -67,6 +71,8 @@ SOURCE = {
     BaseLinearLayerWithLoRA._apply_lora_to_output: ("self.punica_wrapper.add_lora_linear(",),
     BaseLinearLayerWithLoRA.create_lora_weights: ("max_loras,\n                1,",),
     LoRAModelManager._create_lora_modules: ("self.lora_slots,", "self.supported_lora_modules,"),
+    SpinCondition.wait: ("if current_time <= self.last_read + self.busy_loop_s:",),
+    MultiprocExecutor._init_executor: ("self.response_mqs = []",),
     LoRAModelRunnerMixin.maybe_setup_dummy_loras: ('lora_path="/not/a/real/path"',),
 }
 """Function -> what its text must contain: where vLLM calls us, and where the order of calls matters."""
