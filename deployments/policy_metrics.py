@@ -25,11 +25,11 @@ class PolicyMetrics:
     def __init__(self) -> None:
         self._totals = RunningTotals()
 
-    def publish(self, engine: Any) -> None:
-        """Everything that an engine (``EngineServer``) has to say."""
+    def publish(self, engine: Any, tiers: Mapping[str, Tier]) -> None:
+        """Everything that an engine (``EngineServer``) reports, and where the replica holds adapters, by digest."""
         for source, total in engine.length_predictions().items():
             self._totals.publish(metrics.LENGTH_PREDICTIONS, total, source=source)
-        self.publish_tiers(engine.tiers)
+        self.publish_tiers(tiers)
         self.publish_events(engine.take_policy_events())
         if (found := engine.policy_report()) is not None:
             report, _ = found

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -28,8 +28,10 @@ from chameleon_ray.placement import (
     ReplicaReport,
     shared_follower,
 )
+from chameleon_ray.policy.adapter import Tier
 from deployments.policy_metrics import PolicyMetrics
 from deployments.queues_api import replica_queues
+from deployments.tiers import ReplicaTiers
 
 logger = logging.getLogger("ray.serve")
 
@@ -50,6 +52,7 @@ class Replica:
         self._id = serve.get_replica_context().replica_id.unique_id
         self._num_streams = 0
         self._metrics = PolicyMetrics()
+        self._tiers = ReplicaTiers()
         self._reporter: asyncio.Task[None] | None = None
         model_folder = await asyncio.to_thread(local_model_folder, self._config.model)
         shapes = await asyncio.to_thread(BaseModelShapes.from_folder, model_folder)
@@ -192,19 +195,29 @@ class Replica:
                     await self._register_pending()
                 self._adapters.sweep()
                 await self._engine.refresh_residency()
-                await self._publisher.publish(self._report(), time.monotonic())
-                self._metrics.publish(self._engine)
+                stored = await asyncio.to_thread(self._stored)
+                tiers = self._tiers.merge(self._engine.tiers, stored, self._follower.view().catalog)
+                await self._publisher.publish(self._report(tiers), time.monotonic())
+                self._metrics.publish(self._engine, tiers)
             except Exception:
                 self._die_with_engine()
                 logger.exception("a placement report failed; the next one follows")
             await asyncio.sleep(self._config.redis.heartbeat_s)
 
-    def _report(self) -> ReplicaReport:
+    def _stored(self) -> frozenset[str]:
+        """Digests of the adapters in the node's store; none while it cannot be read."""
+        try:
+            return self._library.stored()
+        except AdapterError as error:
+            logger.error("%s", error)
+            return frozenset()
+
+    def _report(self, tiers: Mapping[str, Tier]) -> ReplicaReport:
         return ReplicaReport(
             replica_id=self._id,
             node_id=self._node_id,
             load=self._engine.load(),
-            tiers=self._engine.tiers,
+            tiers=tiers,
             failed={**self._engine.failures(), **self._adapters.failures()},
             catalog_version=self._follower.view().catalog_version,
         )

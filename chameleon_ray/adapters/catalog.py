@@ -141,6 +141,10 @@ class AdapterLibrary:
         """Whether the adapter's files are on this node."""
         return self._store.path(digest) is not None
 
+    def stored(self) -> frozenset[str]:
+        """Digests of all adapters whose files are on this node. Raises AdapterStoreError."""
+        return self._store.digests()
+
     def _rescan(self, name: str, uri: str, known: AdapterRecord | None) -> AdapterRecord:
         fingerprint = self._fingerprint(uri)
         if known is not None and not known.deleted and (known.uri, known.fingerprint) == (uri, fingerprint):

@@ -39,6 +39,8 @@ Validator = Callable[[Path], AdapterInfo]
 _TEMP, _TRASH = ".tmp-", ".trash-"
 _NEW_FOLDER_S = 60.0
 """A temporary folder younger than this is left alone: its maker may not have locked it yet."""
+_SETTLED_NS = 2_000_000_000
+"""File systems date changes in steps: until so long after a folder's latest change there may be another of its date."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ class AdapterStore:
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._folder = Path(folder).expanduser().absolute()
         self._max_bytes = max_bytes
+        self._listed: tuple[int, frozenset[str]] = (-1, frozenset())
         with _store_errors(self._folder):
             (self._folder / ".locks").mkdir(parents=True, exist_ok=True)
             self._clean_up()
@@ -69,6 +72,20 @@ class AdapterStore:
             raise ValueError(f"{digest!r} is not a SHA-256 digest in lower-case hex")
         folder = self._folder / digest
         return folder if folder.is_dir() else None
+
+    def digests(self) -> frozenset[str]:
+        """Digests of all adapters in the store, whichever process put them there.
+
+        The folder is read only when its modification time has changed. Raises AdapterStoreError.
+        """
+        with _store_errors(self._folder):
+            changed_ns = os.stat(self._folder).st_mtime_ns
+            listed_ns, digests = self._listed
+            if changed_ns != listed_ns:
+                digests = frozenset(name for name in os.listdir(self._folder) if _DIGEST.fullmatch(name))
+                settled = abs(time.time_ns() - changed_ns) > _SETTLED_NS
+                self._listed = (changed_ns if settled else -1, digests)
+            return digests
 
     def add(
         self, source: AdapterSource, uri: str, validator: Validator, *, max_bytes: int, digest: str | None = None

@@ -170,20 +170,18 @@ class EngineServer:
     async def refresh_residency(self) -> None:
         """Ask the engine's worker what its slots hold; adapters in KV memory are reported by the engine itself."""
         if self._config.engine.adapter_memory == "paged":
-            known = {digest: tier for digest, tier in self._stats.adapter_tiers.items() if tier is not Tier.ABSENT}
-            self._tiers = {digest: known.get(digest, Tier.DISK) for digest in self._accepted}
+            self._tiers = {digest: tier for digest, tier in self._stats.adapter_tiers.items() if tier > Tier.DISK}
             return
         answers = await self._engine.collective_rpc("adapter_residency")
         in_gpu, in_host = ([self._numbers.digest(number) for number in numbers] for numbers in answers[0])
         self._gpu_order = [self._records[digest] for digest in in_gpu if digest is not None]
-        tiers = dict.fromkeys(self._accepted, Tier.DISK)
-        tiers |= {digest: Tier.HOST for digest in in_host if digest is not None}
+        tiers = {digest: Tier.HOST for digest in in_host if digest is not None}
         tiers |= {record.digest: Tier.GPU for record in self._gpu_order}
         self._tiers = tiers
 
     @property
     def tiers(self) -> Mapping[str, Tier]:
-        """Adapter digest -> where this engine holds it, as of the last ``refresh_residency``."""
+        """Adapter digest -> ``Tier.GPU`` or ``Tier.HOST``, as of the last ``refresh_residency``; else not in here."""
         return self._tiers
 
     def load(self) -> ReplicaLoad:

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import multiprocessing
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -296,3 +297,46 @@ def test_trouble_with_the_disk_is_an_adapter_error(adapters: list[Path], tmp_pat
     with pytest.raises(AdapterError, match="no route"):
         store.add(Unreachable([]), "far", _validate, max_bytes=GIB)
     assert _contents(tmp_path / "store") == []
+
+
+def test_digests_are_those_in_the_folder_whoever_changed_it(
+    tmp_path: Path, adapters: list[Path], size_bytes: int
+) -> None:
+    store = AdapterStore(tmp_path / "store", 2 * size_bytes)
+    neighbour = AdapterStore(tmp_path / "store", 2 * size_bytes)
+    assert store.digests() == neighbour.digests() == frozenset()
+    added = [_add(neighbour, folder).digest for folder in adapters[:2]]
+    assert store.digests() == frozenset(added)
+    added.append(_add(neighbour, adapters[2]).digest)  # evicts the first
+    assert store.digests() == neighbour.digests() == frozenset(added[1:])
+
+
+def test_digests_are_read_again_only_after_a_change(
+    tmp_path: Path, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "store"
+    store = AdapterStore(folder, GIB)
+    first = _add(store, adapters[0]).digest
+    listed: list[object] = []
+    listdir = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: listed.append(path) or listdir(path))
+    # A change a moment ago may be followed by another one of the same date.
+    dated_ns = folder.stat().st_mtime_ns
+    assert store.digests() == {first}
+    second = _add(store, adapters[1]).digest
+    os.utime(folder, ns=(dated_ns, dated_ns))
+    assert store.digests() == {first, second}
+    long_ago_ns = dated_ns - 10**11
+    os.utime(folder, ns=(long_ago_ns, long_ago_ns))
+    before = len(listed)
+    assert [store.digests() for _ in range(5)] == [{first, second}] * 5
+    assert len(listed) == before + 1
+    third = _add(store, adapters[2]).digest
+    assert store.digests() == {first, second, third}
+
+
+def test_digests_of_a_lost_store_are_an_error(tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path / "store", GIB)
+    shutil.rmtree(tmp_path / "store")
+    with pytest.raises(AdapterStoreError, match="store_dir"):
+        store.digests()

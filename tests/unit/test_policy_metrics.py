@@ -139,7 +139,7 @@ def test_cache_counts_and_gauges(series: Series) -> None:
     engine, published = Engine(), PolicyMetrics()
     for now_s, number in enumerate((0, 0, 1, 2, 3)):
         engine.use(number, float(now_s))
-    published.publish(engine)
+    published.publish(engine, engine.tiers)
     stats = engine.cache.stats()
     assert (series("chameleon_adapter_hits"), series("chameleon_adapter_misses")) == (1, 4)
     assert series("chameleon_adapter_evictions", reason="share_bound") == stats.evictions[EvictReason.SHARE_BOUND] == 2
@@ -156,15 +156,15 @@ def test_the_same_report_again_counts_nothing_twice(series: Series) -> None:
     engine, published = Engine(), PolicyMetrics()
     engine.use(0, 0.0)
     engine.predicted = {"model": 3, "history": 0}
-    published.publish(engine)
+    published.publish(engine, engine.tiers)
     increments, before = series.num_increments, dict(series.values)
-    published.publish(engine)
+    published.publish(engine, engine.tiers)
     assert (series.num_increments, series.values) == (increments, before)
     assert series("chameleon_length_predictions", source="model") == 3
     assert series("chameleon_length_predictions", source="history") is None, "a counter of 0 was not counted"
     engine.use(0, 1.0)
     engine.predicted = {"model": 5, "history": 1}
-    published.publish(engine)
+    published.publish(engine, engine.tiers)
     assert series("chameleon_adapter_hits") == 1
     assert series("chameleon_length_predictions", source="model") == 5
     assert series("chameleon_length_predictions", source="history") == 1
@@ -177,17 +177,17 @@ def test_loads_under_way_and_failures_by_stage(series: Series) -> None:
         engine.cache.enqueue(f"for {digest}", digest, 0.0)
     plan = engine.cache.plan([first, second], 8, 0.0)
     engine.cache.commit(plan, 0.0)
-    published.publish(engine)
+    published.publish(engine, engine.tiers)
     assert series("chameleon_adapter_loads_in_flight", stage="fetch") == 2
     engine.cache.fetched(first)
     engine.cache.commit(engine.cache.plan([first], 8, 0.0), 0.0)
     engine.cache.fetch_failed(second, "gone", 0.0)
     engine.num_inspection_failures = 2
-    published.publish(engine)
+    published.publish(engine, engine.tiers)
     assert series("chameleon_adapter_loads_in_flight", stage="fetch") == 0
     assert series("chameleon_adapter_loads_in_flight", stage="load") == 1
     engine.cache.load_failed(first, "no", 0.0)
-    published.publish(engine)
+    published.publish(engine, engine.tiers)
     assert [series("chameleon_adapter_load_failures", stage=stage) for stage in STAGES] == [2, 1, 1]
 
 
@@ -197,7 +197,7 @@ def test_queues_by_index_and_what_is_gone_is_zero(series: Series) -> None:
         engine.queues.add(request(f"r{number}", tokens), 0.0)
     engine.queues.refresh(0.0)
     assert len(step(engine.queues, 1.0, max_admitted=2)) == 2
-    published.publish(engine)
+    published.publish(engine, engine.tiers)
     state = engine.queues.state()
     assert len(state.queues) == series("chameleon_queues") == 4
     assert series.total(metrics.QUEUE_WAITING) == state.num_admissions + 1 == 3
@@ -218,7 +218,7 @@ def test_queues_by_index_and_what_is_gone_is_zero(series: Series) -> None:
     engine.queues.add(request("next", 30), 0.0)
     engine.queues.add(request("last", 30), 0.0)
     step(engine.queues, max_admitted=1)
-    published.publish(engine)
+    published.publish(engine, engine.tiers)
     assert series("chameleon_queues") == 1
     expected = {"waiting": 1, "running": 1, "used_tokens": 30, "quota_tokens": 0, "cutoff": 0}
     for name, first in expected.items():
@@ -242,8 +242,8 @@ def test_bypasses_squashes_holds_and_a_scale_below_one(series: Series) -> None:
 def test_durations_go_into_the_histogram_of_their_stage_or_queue_once(series: Series) -> None:
     engine, published = Engine(), PolicyMetrics()
     engine.events.record({"waited": [[0, 0.5], [3, 2.0], [7, 9.0]], "seconds": {"fetch": [0.25, 0.75], "load": [0.01]}})
-    published.publish(engine)
-    published.publish(engine)
+    published.publish(engine, engine.tiers)
+    published.publish(engine, engine.tiers)
     assert series("chameleon_adapter_load_s", stage="fetch") == [0.25, 0.75]
     assert series("chameleon_adapter_load_s", stage="load") == [0.01]
     assert series("chameleon_queue_wait_s", queue="0") == [0.5]
@@ -252,11 +252,11 @@ def test_durations_go_into_the_histogram_of_their_stage_or_queue_once(series: Se
 
 def test_accuracy_only_once_there_is_one(series: Series) -> None:
     engine, published = Engine(), PolicyMetrics()
-    published.publish(engine)
+    published.publish(engine, engine.tiers)
     assert series("chameleon_length_accuracy") is None
     engine.accuracy.record(10, 12)
     engine.accuracy.record(10, 100)
-    published.publish(engine)
+    published.publish(engine, engine.tiers)
     assert series("chameleon_length_accuracy") == 0.5
     assert series("chameleon_length_error_tokens") == 46.0
 
@@ -264,10 +264,10 @@ def test_accuracy_only_once_there_is_one(series: Series) -> None:
 def test_adapters_by_tier(series: Series) -> None:
     engine, published = Engine(), PolicyMetrics()
     engine.tiers = {"a": Tier.GPU, "b": Tier.DISK, "c": Tier.DISK}
-    published.publish(engine)
+    published.publish(engine, engine.tiers)
     assert [series("chameleon_adapters", tier=tier) for tier in ("gpu", "host", "disk")] == [1, 0, 2]
     engine.tiers = {"a": Tier.HOST}
-    published.publish(engine)
+    published.publish(engine, engine.tiers)
     assert [series("chameleon_adapters", tier=tier) for tier in ("gpu", "host", "disk")] == [0, 1, 0]
 
 
@@ -276,7 +276,7 @@ def test_without_a_report_nothing_is_claimed_about_cache_and_queues(
 ) -> None:
     engine = Engine()
     monkeypatch.setattr(engine, "policy_report", lambda: None)
-    PolicyMetrics().publish(engine)
+    PolicyMetrics().publish(engine, engine.tiers)
     assert series.names == {"chameleon_adapters"}
 
 
@@ -287,7 +287,7 @@ def test_tags_take_few_values_and_rays_own_classes_take_what_is_published() -> N
     engine.predicted = {"model": 1}
     engine.accuracy.record(1, 1)
     engine.events.record({"waited": [[0, 0.0]], "seconds": {"fetch": [0.0], "load": [0.5]}})
-    published.publish(engine)
+    published.publish(engine, engine.tiers)
     allowed = {"queue", "reason", "stage", "tier", "source", "outcome"}
     named: defaultdict[str, int] = defaultdict(int)
     for metric in vars(metrics).values():

@@ -13,12 +13,20 @@ METRICS_LIMIT_S = 30.0
 
 
 def holders(service: Service) -> dict[str, set[str]]:
-    """Adapter name -> the replicas that have ever served it: an engine keeps what it once loaded at least on disk."""
+    """Adapter name -> the replicas that have it in GPU or host memory: those that have served it."""
     found: dict[str, set[str]] = {}
     for replica in service.placement():
-        for name in replica["adapters"]:
-            found.setdefault(name, set()).add(replica["replica"])
+        for name, tier in replica["adapters"].items():
+            if tier != "disk":
+                found.setdefault(name, set()).add(replica["replica"])
     return found
+
+
+def test_right_after_the_start_every_replica_has_on_disk_what_its_store_holds(service: Service) -> None:
+    names = service.adapter_names()
+    stored = [entry.name for entry in service.store.iterdir() if not entry.name.startswith(".")]
+    assert len(names) == len(stored) == 24, "the configured adapters were fetched and validated before the first report"
+    assert [replica["adapters"] for replica in service.placement()] == [dict.fromkeys(names, "disk")] * 2
 
 
 def skewed(names: list[str], rng: Random) -> list[str]:

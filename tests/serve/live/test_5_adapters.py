@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from chameleon_ray.adapters.sources import LocalSource
+from chameleon_ray.adapters.store import AdapterStore, content_digest
 from live.adapters import scaled_adapter
 from live.calls import Stream, complete, completion, concurrently, error_of, stream, text_of
 from live.reference import Reference
@@ -59,6 +61,26 @@ def test_a_loaded_adapter_is_served_by_every_replica_at_once(
     wait_for(lambda: all(NAME in replica["adapters"] for replica in service.placement()), "every replica holds it", 5.0)
     card = service.http.get(f"/v1/models/{NAME}").json()
     assert (card["parent"], card["root"]) == (service.base, str(upload))
+
+
+def test_placement_withdraws_from_disk_what_another_process_of_the_node_evicts(service: Service, upload: Path) -> None:
+    digests = {path.name for path in service.store.iterdir() if not path.name.startswith(".")}
+    size_bytes = AdapterStore(service.store, 1 << 40).size_bytes()
+    other = AdapterStore(service.store, size_bytes)  # as another application's: it has no room for one more
+    added = other.add(LocalSource([upload]), str(upload), lambda _: None, max_bytes=1 << 30)
+    evicted = digests - {path.name for path in service.store.iterdir()}
+    assert evicted and added.digest not in evicted
+    names = {name for name in service.demo.adapter_names() if content_digest(service.demo.adapters / name) in evicted}
+    assert names, "adapters of the catalog were evicted"
+
+    def on_disk() -> set[str]:
+        return {name for replica in service.placement() for name, tier in replica["adapters"].items() if tier == "disk"}
+
+    wait_for(lambda: not names & on_disk(), "placement no longer shows on disk what the store has dropped", 5.0)
+    assert on_disk() <= set(service.demo.adapter_names()), "what the catalog does not name is nobody's"
+    for name in names:
+        text_of(complete(service, name))  # fetched from its source again
+    wait_for(lambda: names & on_disk(), "it is on disk again, where a replica has not loaded it", 5.0)
 
 
 def test_file_uri(service: Service, upload: Path) -> None:
