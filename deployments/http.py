@@ -15,6 +15,7 @@ from typing import Any
 
 from fastapi import Request, Response
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from starlette.exceptions import HTTPException
 
 from chameleon_ray import metrics
 from chameleon_ray.config import ApiConfig, AppConfig
@@ -43,6 +44,23 @@ async def answered(
     except Exception as error:
         response = _error_response(_as_api_error(request, error, retry_after_s))
     _count(response.status_code)
+    return response
+
+
+async def no_such_route(request: Request, error: Exception) -> Response:
+    """FastAPI's answer to a path or method that there is not, in OpenAI's shape."""
+    assert isinstance(error, HTTPException)
+    where = f"{request.method} {request.url.path}"
+    if error.status_code == 404:
+        problem = ApiError(404, f"Unknown request URL: {where}. Check it for typos.", "NotFoundError")
+    elif error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        problem = ApiError(405, f"{where} is not allowed; use {allowed}.", "invalid_request_error")
+    else:
+        problem = ApiError(error.status_code, str(error.detail), "invalid_request_error")
+    _count(problem.status)
+    response = _error_response(problem)
+    response.headers.update(error.headers or {})
     return response
 
 

@@ -10,17 +10,19 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
 
 from chameleon_ray.adapters.identity import AdapterId
 from chameleon_ray.config import AppConfig
 from chameleon_ray.placement import CatalogStore, ClusterView, shared_follower
 from deployments.adapter_api import AdapterApi
-from deployments.http import Guard, answered, json_object, read_body
+from deployments.http import CATALOG_RETRY_AFTER_S, Guard, answered, json_object, no_such_route, read_body, retry_after
 from deployments.models import Models
 from deployments.queues_api import all_queues
 from deployments.relay import Relay
 
 app = FastAPI(title="chameleon-ray", docs_url=None, redoc_url=None, openapi_url=None)
+app.add_exception_handler(HTTPException, no_such_route)
 
 
 def placement_table(view: ClusterView, now_s: float) -> dict[str, Any]:
@@ -45,6 +47,25 @@ def placement_table(view: ClusterView, now_s: float) -> dict[str, Any]:
     ]
     redis = "connected" if view.connected else "disconnected"
     return {"redis": redis, "catalog_version": view.catalog_version, "replicas": replicas}
+
+
+def health_of(view: ClusterView, problem: str | None) -> tuple[int, dict[str, Any]]:
+    """HTTP status and body of ``/health``: 200 while requests for all that is loaded can be served.
+
+    problem: why Redis is not followed at the moment. status: ``starting`` before the catalog has been read once (only
+    the base model's requests are served), ``unavailable`` when no replica is known, ``degraded`` while serving goes on
+    from the last knowledge, ``ok``.
+    """
+    status, reason = "ok", None
+    if not view.is_known:
+        status, reason = "starting", f"the adapter catalog has not been read yet: {problem}"
+    elif not view.replicas:
+        status, reason = "unavailable", "no replica reports itself alive"
+    elif not view.connected:
+        status, reason = "degraded", problem
+    redis = "connected" if view.connected else "disconnected"
+    body = {"status": status, "redis": redis, "replicas": len(view.replicas)}
+    return 200 if status in ("ok", "degraded") else 503, body if reason is None else body | {"reason": reason}
 
 
 def _http_host() -> str | None:
@@ -133,12 +154,10 @@ class Ingress:
 
     @app.get("/health")
     async def health(self) -> Response:
-        """200 while requests can be served, ``degraded`` without Redis; 503 when no replica is known."""
-        view = self._follower.view()
-        status = "unavailable" if not view.replicas else "ok" if view.connected else "degraded"
-        redis = "connected" if view.connected else "disconnected"
-        body = {"status": status, "redis": redis, "replicas": len(view.replicas)}
-        return JSONResponse(body, status_code=200 if view.replicas else 503)
+        """For load balancers: see ``health_of``."""
+        status_code, body = health_of(self._follower.view(), self._follower.problem)
+        headers = retry_after(None if status_code == 200 else CATALOG_RETRY_AFTER_S)
+        return JSONResponse(body, status_code=status_code, headers=headers)
 
     async def sees(self, version: int, timeout_s: float) -> bool:
         """Whether this ingress acts on the catalog's ``version``, waiting for it up to ``timeout_s``."""

@@ -6,8 +6,9 @@ from typing import Any
 from chameleon_ray.adapters.catalog import split_model
 from chameleon_ray.adapters.record import AdapterRecord
 from chameleon_ray.config import AppConfig
-from chameleon_ray.openai_errors import unknown_model
-from chameleon_ray.placement import CatalogStore, ClusterFollower, PlacementUnavailableError
+from chameleon_ray.openai_errors import ApiError, unknown_model
+from chameleon_ray.placement import CatalogStore, ClusterFollower, ClusterView, PlacementUnavailableError
+from deployments.http import CATALOG_RETRY_AFTER_S
 
 LOOKUP_MEMORY_S = 0.5
 """A name that Redis did not know is not looked up again for this long."""
@@ -29,19 +30,20 @@ class Models:
     async def resolve(self, model: str) -> AdapterRecord | None:
         """The adapter that ``model`` names (flat or ``base:adapter``); None for the base model.
 
-        ApiError 404 when there is no such model.
+        ApiError 404 when there is no such model, 503 for an adapter before the catalog has been read once. Requests to
+        the base model need no catalog and are served without one.
         """
         name = split_model(model, self.base)
         if name is None:
             return None
-        record = self._follower.view().catalog.get(name) or await self._lookup(name)
+        record = self._known_view().catalog.get(name) or await self._lookup(name)
         if record is None:
             raise unknown_model(model)
         return record
 
     def cards(self) -> list[dict[str, Any]]:
-        """``/v1/models``: the base model, then every adapter by name."""
-        catalog = self._follower.view().catalog
+        """``/v1/models``: the base model, then every adapter by name. ApiError 503 as ``resolve``."""
+        catalog = self._known_view().catalog
         return [self.card(None), *(self.card(catalog[name]) for name in sorted(catalog))]
 
     def card(self, record: AdapterRecord | None) -> dict[str, Any]:
@@ -56,6 +58,13 @@ class Models:
             "max_model_len": self._max_model_len,
         }
 
+    def _known_view(self) -> ClusterView:
+        view = self._follower.view()
+        if not view.is_known:
+            message = f"The adapter catalog has not been read yet, try again: {self._follower.problem}."
+            raise ApiError(503, message, "catalog_unavailable", retry_after_s=CATALOG_RETRY_AFTER_S)
+        return view
+
     async def _lookup(self, name: str) -> AdapterRecord | None:
         """A name that the copy lacks may have been added a moment ago: ask Redis, but not for every request."""
         now_s = time.monotonic()
@@ -64,8 +73,6 @@ class Models:
         try:
             record = await self._store.lookup(name)
         except PlacementUnavailableError:
-            if self._follower.view().age_s(now_s) == float("inf"):
-                raise  # nothing was ever known: a 404 would be a guess
             return None
         if record is None:
             if len(self._absent) >= MAX_ABSENT_NAMES:

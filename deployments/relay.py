@@ -19,6 +19,9 @@ from deployments.models import Models
 
 logger = logging.getLogger("ray.serve")
 
+FOREIGN_ADAPTER_FIELDS = ("lora_path", "lora_name", "lora_request", "adapter_id")
+"""How other servers' requests name an adapter (SGLang, LoRAX, TGI, vLLM in Python); vLLM's server ignores them all."""
+
 
 class Relay:
     """Hands requests to the replica that the router chooses and passes its answer on, byte for byte."""
@@ -35,6 +38,7 @@ class Relay:
         model = fields.get("model") or self._models.base
         # a model of a wrong type is the replica's to refuse: it knows the protocol
         record = await self._models.resolve(model) if isinstance(model, str) else None
+        check_adapter_fields(fields, record)
         call = (request.url.path, body, model, record)
         relayed = self._stream(record, call) if fields.get("stream") else self._whole(record, call)
         return await _while_connected(request, relayed)
@@ -69,6 +73,24 @@ class Relay:
         if status != 200:
             return Response(first, status_code=status, media_type=media_type, headers=retry_after(retry_after_s))
         return StreamingResponse(_rest(parts, first), media_type=media_type, headers=_timing(engine_s))
+
+
+def check_adapter_fields(fields: dict[str, Any], record: AdapterRecord | None) -> None:
+    """ApiError 400 when a field by which other servers choose an adapter asks for another one than ``model`` does.
+
+    record: the adapter that ``model`` names; None for the base model. Such a field is no obstacle when it is null or
+    the very name of that adapter.
+    """
+    for field in FOREIGN_ADAPTER_FIELDS:
+        value = fields.get(field)
+        if value is None or (record is not None and value == record.name):
+            continue
+        chosen = "the base model" if record is None else f"the adapter {record.name!r}"
+        message = (
+            f"'{field}' does not choose an adapter here, and 'model' names {chosen}: name the adapter in 'model' "
+            f"(GET /v1/models lists them) and leave '{field}' out."
+        )
+        raise ApiError(400, message, "invalid_request_error", param=field)
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:

@@ -58,6 +58,7 @@ class ClusterFollower:
         self._changed = threading.Condition()
         self._state = ClusterState()
         self._view = self._state.view()
+        self._problem: str | None = "Redis has not answered yet"
         self._forgotten: dict[str, float] = {}
         self._ready = threading.Event()
         self._closing = threading.Event()
@@ -77,6 +78,11 @@ class ClusterFollower:
     def view(self) -> ClusterView:
         """What is known now: no lock, no copy, the same object until something changes."""
         return self._view
+
+    @property
+    def problem(self) -> str | None:
+        """Why Redis is not followed at the moment; None while it is."""
+        return None if self._view.connected else self._problem
 
     def wait_ready(self, timeout_s: float) -> bool:
         """Block until the first whole snapshot is in (True) or the time is up. Not for an event loop's thread."""
@@ -123,9 +129,11 @@ class ClusterFollower:
                         logger.warning("following catalog and placement in Redis again")
                     self._follow(subscription)
             except (redis.RedisError, OSError) as error:
+                self._problem = f"Redis cannot be used: {error or type(error).__name__}"
                 if self._num_failures == 0:
                     logger.warning("placement stays as last known, Redis: %s", error)
-            except Exception:
+            except Exception as error:
+                self._problem = f"following Redis failed: {error!r}"
                 # Whatever it is, a process without a follower would be worse than one that starts over.
                 logger.exception("following catalog and placement failed; starting over")
             self._client.close()

@@ -71,6 +71,11 @@ class ClusterView:
     connected: bool = False
     current_at_s: float | None = None
 
+    @property
+    def is_known(self) -> bool:
+        """Whether the catalog has ever been read: before that, what is not in it may exist all the same."""
+        return self.connected or self.current_at_s is not None
+
     def age_s(self, now_s: float) -> float:
         """Seconds since this was known to be current: 0 while connected, infinite before the first connection.
 

@@ -9,10 +9,12 @@ from fastapi import Request, Response
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from chameleon_ray import metrics
+from chameleon_ray.adapters.record import AdapterRecord
 from chameleon_ray.config import ApiConfig, AppConfig, ConfigError
 from chameleon_ray.openai_errors import ApiError
 from chameleon_ray.placement import PlacementUnavailableError
 from deployments.http import Guard, answered, json_object, read_body
+from deployments.relay import check_adapter_fields
 
 LOCAL = "127.0.0.1:8000"
 
@@ -196,3 +198,17 @@ def test_json_object() -> None:
         with pytest.raises(ApiError) as caught:
             json_object(body, needed=("a",))
         assert (caught.value.status, caught.value.param) == (400, "a")
+
+
+SQL = AdapterRecord(name="sql", digest="d", uri="/sql", rank=8, size_bytes=1)
+
+
+@pytest.mark.parametrize("field", ["lora_path", "lora_name", "lora_request", "adapter_id"])
+def test_fields_of_other_servers_never_choose_an_adapter_silently(field: str) -> None:
+    for record, value in ((None, "sql"), (None, "base"), (None, ""), (None, {"lora_name": "sql"}), (SQL, "chat")):
+        with pytest.raises(ApiError, match="'model'") as caught:
+            check_adapter_fields({"model": "x", field: value}, record)
+        assert (caught.value.status, caught.value.param) == (400, field)
+    for record, value in ((None, None), (SQL, None), (SQL, "sql")):
+        check_adapter_fields({"model": "x", field: value}, record)
+    check_adapter_fields({"model": "x"}, None)

@@ -81,6 +81,34 @@ def test_unknown_model(service: Service, model: str, streamed: bool) -> None:
     assert model in error["message"]
 
 
+@pytest.mark.parametrize("field", ["lora_path", "lora_name", "lora_request", "adapter_id"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_base_model_never_answers_for_an_adapter_named_elsewhere(
+    service: Service, field: str, streamed: bool
+) -> None:
+    for given in (completion(service.base), {"prompt": "Hello", "max_tokens": 4}):
+        error = error_of(service.http.post("/v1/completions", json=given | {field: OTHER, "stream": streamed}), 400)
+        assert error["param"] == field and "'model'" in error["message"] and "the base model" in error["message"]
+    chat = {"model": OTHER, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "stream": streamed}
+    error = error_of(service.http.post("/v1/chat/completions", json=chat | {field: "demo-r16-01"}), 400)
+    assert error["param"] == field and OTHER in error["message"]
+    for harmless in (OTHER, None):
+        assert service.http.post("/v1/chat/completions", json=chat | {field: harmless}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/v1/embeddings", 404),
+        ("GET", "/", 404),
+        ("GET", "/nothing/here", 404),
+        ("GET", "/v1/completions", 405),
+    ],
+)
+def test_unknown_routes(service: Service, method: str, path: str, status: int) -> None:
+    assert f"{method} {path}" in error_of(service.http.request(method, path), status)["message"]
+
+
 @pytest.mark.parametrize("model", [5, ["a"], {"name": "a"}, True])
 def test_model_of_a_wrong_type(service: Service, model: Any) -> None:
     error_of(service.http.post("/v1/completions", json=completion(model)), 400)
