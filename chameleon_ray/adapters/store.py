@@ -82,7 +82,7 @@ class AdapterStore:
             changed_ns = os.stat(self._folder).st_mtime_ns
             listed_ns, digests = self._listed
             if changed_ns != listed_ns:
-                digests = frozenset(name for name in os.listdir(self._folder) if _DIGEST.fullmatch(name))
+                digests = frozenset(name for name in os.listdir(self._folder) if DIGEST.fullmatch(name))
                 settled = abs(time.time_ns() - changed_ns) > _SETTLED_NS
                 self._listed = (changed_ns if settled else -1, digests)
             return digests

@@ -4,6 +4,7 @@ import asyncio
 import json
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import asdict
@@ -30,6 +31,7 @@ from chameleon_ray.engine.report import WAITING_FOR, PolicyReport
 from chameleon_ray.engine.server import EngineServer
 from chameleon_ray.engine.stats import LoadStats
 from chameleon_ray.engine.vllm_metrics import by_client_name
+from chameleon_ray.policy.adapter import Tier
 
 LIMIT_S = 300.0
 PROMPT = list(range(10, 40))
@@ -262,9 +264,24 @@ def test_client_learns_why_its_adapter_cannot_be_used_and_nobody_else_is_harmed(
         assert [(status, json.loads(body)["choices"][0]["text"]) for status, body in others] == [(200, text)] * 4
         assert base[0] == 200 and base[1].endswith(b"data: [DONE]\n\n") and b"error" not in base[1]
         _check_reports(served.server, name)
+        await _check_tiers(served, demo)
         assert await served.server._engine.collective_rpc("spin_times") == [[0.003]]
 
     serve(demo, test)
+
+
+async def _check_tiers(served: Served, demo: DemoPaths) -> None:
+    """The KV memory holds some of the demo's adapters, host memory all of them."""
+    names = demo.adapter_names()
+    for name in names:
+        assert (await served.answer(name))[0] == 200
+    await served.answer(None)  # its report says what the last adapter's step has done
+    await served.server.refresh_residency()
+    found = served.server.policy_report()
+    assert found is not None
+    counts = Counter(served.server.tiers.values())
+    assert counts == {Tier.GPU: found[0].cache.adapters_resident, Tier.HOST: len(names) - counts[Tier.GPU]}
+    assert min(counts.values()) > 0
 
 
 def _check_reports(server: EngineServer, broken: str) -> None:
