@@ -63,11 +63,12 @@ def test_a_loaded_adapter_is_served_by_every_replica_at_once(
     assert (card["parent"], card["root"]) == (service.base, str(upload))
 
 
-def test_placement_withdraws_from_disk_what_another_process_of_the_node_evicts(service: Service, upload: Path) -> None:
+def test_placement_withdraws_from_disk_what_another_process_of_the_node_evicts(service: Service) -> None:
+    newcomer = scaled_adapter(service.demo.adapters / "demo-r32-02", service.uploads / "newcomer", 0.7)
     digests = {path.name for path in service.store.iterdir() if not path.name.startswith(".")}
     size_bytes = AdapterStore(service.store, 1 << 40).size_bytes()
     other = AdapterStore(service.store, size_bytes)  # as another application's: it has no room for one more
-    added = other.add(LocalSource([upload]), str(upload), lambda _: None, max_bytes=1 << 30)
+    added = other.add(LocalSource([newcomer]), str(newcomer), lambda _: None, max_bytes=1 << 30)
     evicted = digests - {path.name for path in service.store.iterdir()}
     assert evicted and added.digest not in evicted
     names = {name for name in service.demo.adapter_names() if content_digest(service.demo.adapters / name) in evicted}
