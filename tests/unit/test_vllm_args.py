@@ -23,7 +23,7 @@ def test_a_shell_splits_the_line_into_options_with_the_settings(capsys: pytest.C
         ("memory_shares=0.8", "memory_share, policy"),
         ("memory_share", "NAME=VALUE"),
         ("memory_share=7", "at most 1"),
-        ("scheduler=lifo", "chameleon, fifo"),
+        ("scheduler=lifo", "chameleon, paper, fifo"),
         ("host_bytes=much", "host_bytes=much"),
     ],
 )

@@ -52,7 +52,7 @@ def test_queues_of_all_replicas_show_what_runs(service: Service) -> None:
         assert 1 <= len(one["queues"]) <= 4
         assert [queue["queue"] for queue in one["queues"]] == list(range(len(one["queues"])))
         assert one["queues"][-1]["max_size"] is None
-        assert all(queue["quota_tokens"] > 0 for queue in one["queues"])
+        assert all(queue["quota_tokens"] is None for queue in one["queues"]), "no queue reserves tokens"
         assert 0 <= one["age_s"] < 5 and 0 <= one["oldest_waiting_s"] < 60
         assert one["scheduler"]["admissions"] > 0
         cache = one["cache"]
@@ -136,7 +136,7 @@ def test_metrics_of_cache_and_scheduler(service: Service) -> None:
 
     def gauges() -> dict[str, float]:
         names = ("adapter_blocks", "adapter_blocks_limit", "adapter_bytes", "adapter_host_bytes", "queues")
-        names += ("queue_quota_tokens", "quota_minima_scale", "length_accuracy", "adapters")
+        names += ("quota_minima_scale", "length_accuracy", "adapters")
         return {name: total(name) for name in names}
 
     wait_for(lambda: all(gauges().values()), "gauges", METRICS_LIMIT_S, 0.5)
@@ -145,6 +145,8 @@ def test_metrics_of_cache_and_scheduler(service: Service) -> None:
     assert errors and min(errors) >= 0, "the demo's answers end at max_tokens, so that lengths can all be right"
     for name in ("queue_waiting", "queue_running", "queue_used_tokens", "adapter_loads_in_flight"):
         assert service.samples(f"ray_chameleon_{name}") and total(name) == 0, "nothing runs"
+    quotas = [value for _, value in service.samples("ray_chameleon_queue_quota_tokens")]
+    assert quotas and not any(quotas), "the default scheduler has no quotas"
     assert {labels["reason"] for labels, _ in service.samples("ray_chameleon_waiting_requests")} == {
         *("inspection", "fetch", "room", "load", "turn")
     }
