@@ -9,7 +9,6 @@ import httpx
 
 ANSWER_LIMIT_S = 10.0
 CLEAR_SCREEN = "\x1b[2J\x1b[H"
-_COUNTS = ("admissions", "bypasses", "squashes", "refreshes", "holds")
 _COLUMNS = ("queue", "sizes up to", "waiting", "loading", "running", "seats", "quota tokens", "used")
 
 Fields = Mapping[str, Any]
@@ -60,8 +59,8 @@ def _replica(one: Fields) -> Iterator[str]:
         return
     yield f"{name}: {one['running']} running, {one['waiting']} waiting{_waiting(one)}"
     if "queues" not in one:
-        paged = one["adapter_memory"] == "paged"
-        yield f"  {'no request has come yet' if paged else 'vLLM queues requests itself: adapters are in its slots'}"
+        stock = one["adapter_memory"] == "stock"
+        yield f"  {'vLLM queues requests itself: adapters are in its slots' if stock else 'no request has come yet'}"
         return
     yield from _queues(one["queues"])
     yield from _counts(one)
@@ -111,7 +110,7 @@ def _counts(one: Fields) -> Iterator[str]:
     hits = f"{cache['hits'] / asked:.0%} of {asked:,} requests" if asked else "none asked for"
     yield f"  resident on arrival: {hits}; evictions: {evictions}"
     scale = counts["minima_scale"]
-    yield "  " + ", ".join(f"{name} {counts[name]:,}" for name in _COUNTS)
+    yield "  " + ", ".join(f"{name} {number:,}" for name, number in counts.items() if isinstance(number, int))
     if scale < 1:
         yield f"  the quotas cannot hold the SLO: scaled by {scale:.2f}"
     if predictions["num_requests"]:

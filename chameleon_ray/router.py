@@ -16,7 +16,6 @@ import asyncio
 import logging
 import random
 import time
-import uuid
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -28,8 +27,8 @@ from chameleon_ray import metrics
 from chameleon_ray.config import RedisConfig, RouterConfig
 from chameleon_ray.placement import ClusterView, ReplicaStatus, shared_follower
 from chameleon_ray.policy.adapter import Adapter, Tier
-from chameleon_ray.policy.routing import Decision, LoadCosts, ReplicaView, rank_replicas
-from chameleon_ray.policy.shortlist import EXACT_UP_TO, ReplicaTable
+from chameleon_ray.policy.replica_table import ReplicaTable, ReplicaView
+from chameleon_ray.policy.routing import Decision, LoadCosts, rank_replicas
 
 logger = logging.getLogger("ray.serve")
 
@@ -37,8 +36,10 @@ GIB = 2**30
 _MAX_ROUTING_TASKS = 1000
 _LOG_PAUSE_S = 10.0
 _GAUGE_PAUSE_S = 1.0
+LOOKS_ALWAYS_UP_TO = 64
+"""Replicas whose reports are all looked through for every request."""
 _LOOK_PAUSE_S = 0.05
-"""How often to look through the reports of a cluster that is too large to do so for every request."""
+"""How often to look through the reports of a larger cluster."""
 
 
 def request_router_config(redis: RedisConfig, router: RouterConfig) -> RequestRouterConfig:
@@ -47,10 +48,10 @@ def request_router_config(redis: RedisConfig, router: RouterConfig) -> RequestRo
     The back-off is far below Serve's default (up to 0.5 s), which leaves replicas idle when all were full.
     """
     return RequestRouterConfig(
-        request_router_class="chameleon_ray.router:AffinityRouter",
+        request_router_class="chameleon_ray.router:AffinityRouter",  # type: ignore[arg-type]
         request_router_kwargs={"redis": redis.model_dump(mode="json"), "router": router.model_dump(mode="json")},
-        initial_backoff_s=0.005,
-        max_backoff_s=0.02,
+        initial_backoff_s=0.005,  # type: ignore[arg-type]
+        max_backoff_s=0.02,  # type: ignore[arg-type]
     )
 
 
@@ -68,14 +69,14 @@ def load_costs(router: RouterConfig) -> LoadCosts:
 class AffinityRouter(RequestRouter):
     """Sends each request to the replica with the least expected time to first token (``policy.routing``)."""
 
-    def initialize_state(self, redis: dict[str, Any], router: dict[str, Any]) -> None:
+    def initialize_state(self, redis: dict[str, Any], router: dict[str, Any]) -> None:  # type: ignore[override]
         """redis, router: dumps of RedisConfig (with ``url``) and RouterConfig."""
         settings = RouterConfig.model_validate(router)
         self._costs = load_costs(settings)
         self._follower = shared_follower(RedisConfig.model_validate(redis))
         self._in_flight = InFlight()
-        self._adapters: dict[str, Adapter] = {}
-        self._reports = Reports(self._in_flight, settings.max_report_age_s, salt=uuid.uuid4().hex)
+        self._adapters = Adapters()
+        self._reports = Reports(self._in_flight, settings.max_report_age_s)
         self._started_s = time.monotonic()
         self._log_again_s = self._gauge_again_s = 0.0
         self._decisions = metrics.ROUTING_DECISIONS.counter()
@@ -135,24 +136,15 @@ class AffinityRouter(RequestRouter):
         is_retry = self._in_flight.withdraw(pending.future)
         cluster, now_s = self._follower.view(), time.monotonic()
         by_id = {replica.replica_id.unique_id: replica for replica in candidates}
-        table = self._reports.update(by_id, cluster, now_s)
-        adapter = self._adapter(cluster, digest) if digest else None
-        views = table.candidates(adapter, self._reports.holders(cluster, digest))
-        decision = rank_replicas(adapter, views, self._costs, request_key=pending.metadata.internal_request_id)
+        table = self._reports.update(_without_silent(by_id, cluster), cluster, now_s)
+        adapter = self._adapters.get(digest, cluster) if digest else None
+        holders = self._reports.holders(cluster, digest)
+        decision = rank_replicas(adapter, table, holders, self._costs, pending.metadata.internal_request_id)
         self._in_flight.choose(pending.future, decision.replica_ids[0])
         if not is_retry:
             self._record(decision, cluster, now_s)
         ranked = [[by_id.pop(replica_id)] for replica_id in decision.replica_ids]
         return [*ranked, list(by_id.values())] if by_id else ranked
-
-    def _adapter(self, cluster: ClusterView, digest: str) -> Adapter:
-        """What the catalog says of that content, which never changes; of unknown content, that it has no size."""
-        if digest not in self._adapters:
-            records = cluster.catalog.values()
-            self._adapters = {
-                record.digest: Adapter(record.digest, record.rank, record.size_bytes) for record in records
-            }
-        return self._adapters.get(digest) or Adapter(digest, rank=0, size_bytes=0)
 
     def _record(self, decision: Decision, cluster: ClusterView, now_s: float) -> None:
         self._decisions.inc(tags={"reason": decision.reason})
@@ -171,8 +163,28 @@ class AffinityRouter(RequestRouter):
 
     def _forget(self, replica_id: str) -> None:
         self._follower.forget(replica_id)
-        self._in_flight.forget(replica_id)
         self._reports.forget(replica_id)
+
+
+def _without_silent(by_id: dict[str, RunningReplica], cluster: ClusterView) -> dict[str, RunningReplica]:
+    """The replicas that report themselves, when some do not: those hang, are cut off, or have only just started."""
+    if not cluster.connected or len(by_id) <= len(cluster.replicas):
+        return by_id
+    return {replica_id: by_id[replica_id] for replica_id in by_id.keys() & cluster.replicas.keys()} or by_id
+
+
+class Adapters:
+    """What the catalog says of contents, which never change."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Adapter] = {}
+
+    def get(self, digest: str, cluster: ClusterView) -> Adapter:
+        """The adapter of that content; of one that the catalog does not know (yet), that it has no size."""
+        if digest not in self._known:
+            records = cluster.catalog.values()
+            self._known = {record.digest: Adapter(record.digest, record.rank, record.size_bytes) for record in records}
+        return self._known.get(digest) or Adapter(digest, rank=0, size_bytes=0)
 
 
 class InFlight:
@@ -243,23 +255,23 @@ class InFlight:
 class Reports:
     """The policy's table of replicas, kept up with Serve's list, the placement copy and this router's own requests."""
 
-    def __init__(self, in_flight: InFlight, max_age_s: float, salt: str = "") -> None:
-        """max_age_s: older reports count as none. salt: see ``ReplicaTable``."""
+    def __init__(self, in_flight: InFlight, max_age_s: float) -> None:
+        """max_age_s: older reports count as none."""
         self._in_flight = in_flight
         self._max_age_s = max_age_s
-        self._table = ReplicaTable(salt)
+        self._table = ReplicaTable()
         self._statuses: dict[str, ReplicaStatus | None] = {}
         self._sent_at_report: dict[str, int] = {}
         self._look_again_s = 0.0
 
     def update(self, replicas: Mapping[str, Any], cluster: ClusterView, now_s: float) -> ReplicaTable:
-        """The table for a decision now over ``replicas``, by id; up to ``EXACT_UP_TO`` of them it lags in nothing."""
+        """The table for a decision now over ``replicas``, by id; up to ``LOOKS_ALWAYS_UP_TO`` it lags in nothing."""
         changed = self._in_flight.take_changed()
         if replicas.keys() != self._statuses.keys():
             for replica_id in self._statuses.keys() - replicas.keys():
                 self.forget(replica_id)
             self._look_again_s = now_s
-        if len(replicas) > EXACT_UP_TO and now_s < self._look_again_s:
+        if len(replicas) > LOOKS_ALWAYS_UP_TO and now_s < self._look_again_s:
             for replica_id in changed & replicas.keys():
                 self._put(replica_id, self._statuses[replica_id])
             return self._table
@@ -279,7 +291,8 @@ class Reports:
         return {replica_id: tier for replica_id, tier in held.items() if self._statuses.get(replica_id) is not None}
 
     def forget(self, replica_id: str) -> None:
-        """The replica is gone."""
+        """The replica is gone, and with it this router's requests there."""
+        self._in_flight.forget(replica_id)
         self._table.remove(replica_id)
         self._statuses.pop(replica_id, None)
         self._sent_at_report.pop(replica_id, None)

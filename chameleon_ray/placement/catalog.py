@@ -20,7 +20,7 @@ from chameleon_ray.placement.view import ClusterView
 
 logger = logging.getLogger(__name__)
 
-_Mode = Literal["add", "replace", "config", "remove"]
+_Mode = Literal["add", "replace", "config", "remove", "withdraw"]
 
 
 class CatalogStore:
@@ -57,7 +57,8 @@ class CatalogStore:
         Not written, so that any number of processes may offer the same again and again: when digest and uri are the
         same (a different ``fingerprint`` alone changes nothing: nodes differ in it), when the name was loaded at run
         time, and when it was unloaded (the result is its tombstone, ``deleted``): the last word of an operator at run
-        time holds until the next one. ValueError unless ``record.origin`` is "config".
+        time holds until the next one. What was only withdrawn comes back. ValueError unless ``record.origin`` is
+        "config".
         """
         if record.origin != "config":
             raise ValueError(
@@ -74,6 +75,10 @@ class CatalogStore:
         if outcome == "unknown" or record is None:
             raise AdapterUnknownError(f"no adapter is named {name!r}")
         return record
+
+    async def withdraw(self, name: str) -> None:
+        """Take a record of origin "config" out because its source has no such adapter any more; no other is touched."""
+        await self._write("withdraw", name, "")
 
     async def restore(self, records: Iterable[AdapterRecord]) -> int:
         """Put back each record (tombstones too) that the store lacks or has in a lower version; how many it took."""

@@ -34,16 +34,19 @@ if version < seen and ARGV[7] ~= '1' then return {'behind', ''} end
 local old, old_json = stored(name)
 local live = old and not old.deleted
 local record
-if mode == 'remove' then
+if mode == 'remove' or mode == 'withdraw' then
   if not live then return {'unknown', ''} end
+  if mode == 'withdraw' and old.origin ~= 'config' then return {'kept', old_json} end
   record = old
   record.deleted = true
+  -- A tombstone of origin config is no operator's word: what was withdrawn may come back.
+  if mode == 'remove' then record.origin = 'runtime' end
 else
   record = cjson.decode(ARGV[5])
   if mode == 'add' and live then return {'conflict', old_json} end
   if mode == 'config' and old then
     local same = old.digest == record.digest and old.uri == record.uri
-    if old.deleted or old.origin ~= 'config' or same then return {'kept', old_json} end
+    if old.origin ~= 'config' or (same and live) then return {'kept', old_json} end
   end
 end
 record.version = math.max(version, seen, old and tonumber(old.version) or 0) + 1

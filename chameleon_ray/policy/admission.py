@@ -1,10 +1,11 @@
 """What queues and adapter cache tell each other about a request that wants to run."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
+from chameleon_ray.policy.figures import level, total
 from chameleon_ray.policy.sizing import QueuedRequest
 
 
@@ -56,34 +57,53 @@ class Admitted:
 
 @dataclass(frozen=True, slots=True)
 class QueueState:
-    """One queue, for metrics.
+    """One queue. ``num_waiting`` includes ``num_loading``, requests whose adapter is on its way."""
 
-    max_size: its upper cut-off, infinite for the last. num_waiting includes num_loading.
-    quota_tokens, used_tokens: its quota and what is lent of it. max_running: its share of the batch's seats.
-    """
-
-    max_size: float
-    num_waiting: int
+    max_size: float = field(
+        metadata=level(
+            "chameleon_queue_cutoff", "Largest weighted request size of the queue; 0: the last one, without bound."
+        )
+    )
+    num_waiting: int = field(metadata=level("chameleon_queue_waiting", "Requests that wait, by queue."))
     num_loading: int
-    num_running: int
-    max_running: int
-    quota_tokens: int
-    used_tokens: int
+    num_running: int = field(metadata=level("chameleon_queue_running", "Requests that run, by queue."))
+    max_running: int = field(
+        metadata=level("chameleon_queue_max_running", "Requests that may run at once, by queue; 0: no bound.")
+    )
+    quota_tokens: int = field(
+        metadata=level("chameleon_queue_quota_tokens", "Tokens that running requests may borrow; 0: no bound.")
+    )
+    used_tokens: int = field(metadata=level("chameleon_queue_used_tokens", "Tokens of the quota that are lent."))
 
 
 @dataclass(frozen=True, slots=True)
 class QueuesState:
-    """All queues and lifetime counts, for metrics.
+    """All queues, and counts since the start."""
 
-    minima_scale: below 1, the quotas cannot hold the SLO and were scaled by it.
-    num_holds: times the replica was kept free for one request (rule 6).
-    """
-
-    queues: tuple[QueueState, ...]
+    queues: tuple[QueueState, ...] = field(
+        metadata=level("chameleon_queues", "Queues that requests are split into at present.", key_tag="queue")
+    )
     num_running: int
-    minima_scale: float
-    num_admissions: int
-    num_bypasses: int
-    num_squashes: int
-    num_refreshes: int
-    num_holds: int
+    minima_scale: float = field(
+        metadata=level(
+            "chameleon_quota_minima_scale",
+            "Below 1: the quotas cannot hold the SLO, and were scaled down by this.",
+        )
+    )
+    num_admissions: int = field(
+        metadata=total("chameleon_admissions", "Requests that began to run; after a preemption once more.")
+    )
+    num_bypasses: int = field(
+        metadata=total("chameleon_bypasses", "Requests that ran before an older one whose adapter had no room.")
+    )
+    num_squashes: int = field(
+        metadata=total(
+            "chameleon_squashes", "Requests that had bypassed and were stopped again: the room came earlier."
+        )
+    )
+    num_refreshes: int = field(
+        metadata=total("chameleon_queue_refreshes", "Times that cut-offs and quotas were measured anew.")
+    )
+    num_holds: int = field(
+        metadata=total("chameleon_holds", "Times that the replica was kept free for one request overtaken too often.")
+    )

@@ -21,39 +21,15 @@ from chameleon_ray.policy.cache_types import (
     AdapterTooLarge,
     CacheConfig,
     CacheCorrupt,
-    CacheError,
     CacheStats,
-    Eviction,
     EvictReason,
     IllegalChange,
     Plan,
     StalePlan,
-    UnknownAdapter,
-    UnknownRequest,
 )
 from chameleon_ray.policy.eviction import POLICIES, UseHistory
 from chameleon_ray.policy.planning import Planner
-from chameleon_ray.policy.prefetch import ArrivalHistogram
 from chameleon_ray.policy.residency import Entry, Failure, Residency, State
-
-__all__ = [
-    "AdapterCache",
-    "AdapterTooLarge",
-    "CacheConfig",
-    "CacheCorrupt",
-    "CacheError",
-    "CacheStats",
-    "EvictReason",
-    "Eviction",
-    "Failure",
-    "IllegalChange",
-    "Plan",
-    "StalePlan",
-    "State",
-    "UnknownAdapter",
-    "UnknownRequest",
-]
-
 
 _NOT_TO_BE_MOVED = (State.RESIDENT, State.LOADING, State.FETCHING)
 
@@ -65,11 +41,9 @@ class AdapterCache:
         self.config = config
         self._residency = Residency()
         self._history = UseHistory(config.frequency_window_s)
-        self._arrivals = ArrivalHistogram()
-        self._by_row: dict[int, Entry] = {}
         scorer = POLICIES[config.policy].scorer(config.weights)
         self._keeps_idle = POLICIES[config.policy].keeps_idle
-        self._planner = Planner(config, scorer, self._residency, self._history, self._arrivals, self._by_row)
+        self._planner = Planner(config, scorer, self._residency, self._history)
         self._version = 0
         self._prefetch_from_s = float("-inf")
         self._evictions = dict.fromkeys(EvictReason, 0)
@@ -93,16 +67,16 @@ class AdapterCache:
             return
         if not 0 < num_blocks <= self.config.max_blocks:
             raise AdapterTooLarge(
-                f"adapter {adapter.digest} takes {num_blocks} of at most {self.config.max_blocks} blocks"
+                f"it takes {num_blocks} blocks of KV memory, and all adapters may hold {self.config.max_blocks}"
             )
         if not 0 < adapter.size_bytes <= self.config.host_bytes:
             raise AdapterTooLarge(
-                f"adapter {adapter.digest} takes {adapter.size_bytes} of at most {self.config.host_bytes} host bytes"
+                f"it takes {adapter.size_bytes} bytes of host memory, and all adapters may hold "
+                f"{self.config.host_bytes}"
             )
         row = self._history.add(adapter.digest, adapter.size_bytes, num_blocks)
         entry = Entry(adapter, num_blocks, row, on_disk)
         self._residency.add(entry)
-        self._by_row[row] = entry
         self._version += 1
 
     def retire(self, digest: str) -> None:
@@ -121,8 +95,6 @@ class AdapterCache:
         entry = self._residency.entry(digest)
         self._residency.enqueue(entry, request_id)
         self._history.used(entry.row, now_s)
-        if self.config.histogram_prefetch:
-            self._arrivals.arrived(entry.row, now_s)
         hit = entry.state is State.RESIDENT
         self._hits += hit
         self._misses += not hit
@@ -146,12 +118,17 @@ class AdapterCache:
         self._settle(entry)
 
     @property
+    def has_leavers(self) -> bool:
+        """Whether retired adapters that no request wants are still somewhere."""
+        return any(not entry.wanted for entry in self._residency.retired.values())
+
+    @property
     def settled(self) -> bool:
         """Whether plans for needed adapters that are resident or on their way are empty until something changes."""
         residency = self._residency
         waiting = residency.to_load.order or residency.to_fetch.order
         unused = residency.idle and not self._keeps_idle
-        return not (waiting or unused or residency.retired or self.config.histogram_prefetch)
+        return not (waiting or unused or residency.retired)
 
     def plan(self, needed: Iterable[str], free_blocks: int, now_s: float) -> Plan:
         """What to evict, load and fetch now, by the rules in ``policy/planning.py``.
@@ -211,10 +188,10 @@ class AdapterCache:
         self._residency.finish_fetch(self._residency.entry(digest))
         self._version += 1
 
-    def fetch_failed(self, digest: str, reason: str, now_s: float) -> None:
-        """The adapter could not be read; it may be tried again after ``retry_after_s``."""
+    def fetch_failed(self, digest: str, reason: str, now_s: float, *, is_permanent: bool = False) -> None:
+        """The adapter could not be read; it may be tried again after ``retry_after_s``, unless ``is_permanent``."""
         entry = self._residency.entry(digest)
-        self._residency.fail_fetch(entry, Failure(reason, now_s + self.config.retry_after_s))
+        self._residency.fail_fetch(entry, self._failure(reason, now_s, is_permanent))
         self._fetch_failures += 1
         self._settle(entry)
 
@@ -223,10 +200,10 @@ class AdapterCache:
         self._residency.finish_load(self._residency.entry(digest))
         self._version += 1
 
-    def load_failed(self, digest: str, reason: str, now_s: float) -> None:
+    def load_failed(self, digest: str, reason: str, now_s: float, *, is_permanent: bool = False) -> None:
         """The adapter could not be loaded: the driver gives back its blocks and its host copy."""
         entry = self._residency.entry(digest)
-        self._residency.fail_load(entry, Failure(reason, now_s + self.config.retry_after_s))
+        self._residency.fail_load(entry, self._failure(reason, now_s, is_permanent))
         self._load_failures += 1
         self._settle(entry)
 
@@ -234,14 +211,32 @@ class AdapterCache:
         """Whether the adapter was added and not forgotten since."""
         return digest in self._residency.entries
 
+    def entry(self, digest: str) -> Entry:
+        """The one record of the adapter, to be read only. Raises UnknownAdapter."""
+        return self._residency.entry(digest)
+
     def state(self, digest: str) -> State:
         """The adapter's state. Raises UnknownAdapter."""
         return self._residency.entry(digest).state
 
+    @property
+    def blocks_held(self) -> int:
+        """Blocks of adapters that are loading or resident."""
+        return self._residency.blocks_held
+
+    @property
+    def idle_blocks(self) -> int:
+        """Blocks of resident adapters that no running request uses."""
+        return self._residency.idle_blocks
+
     def failure(self, digest: str, now_s: float) -> Failure | None:
         """Why requests for the adapter are to be refused now; None when they are not."""
         failure = self._residency.entry(digest).failure
-        return failure if failure is not None and now_s < failure.retry_at_s else None
+        return failure if failure is not None and not failure.is_over(now_s) else None
+
+    def tier(self, digest: str) -> Tier:
+        """The adapter's tier, for placement. Raises UnknownAdapter."""
+        return self._residency.entry(digest).tier
 
     def tiers(self) -> dict[str, Tier]:
         """Digest -> tier of every known adapter, for placement."""
@@ -307,6 +302,9 @@ class AdapterCache:
         if held[0] > bounds[0] or held[1] > bounds[1]:
             raise CacheCorrupt(f"(blocks, host bytes) {held} held, over the bounds {bounds}")
 
+    def _failure(self, reason: str, now_s: float, is_permanent: bool) -> Failure:
+        return Failure(reason, None if is_permanent else now_s + self.config.retry_after_s)
+
     def _touch(self, entry: Entry, now_s: float) -> None:
         self._history.touched(entry.row, now_s)
         self._version += 1
@@ -317,5 +315,3 @@ class AdapterCache:
         if self._residency.can_forget(entry):
             self._residency.forget(entry)
             self._history.remove(entry.row)
-            self._arrivals.remove(entry.row)
-            del self._by_row[entry.row]

@@ -1,10 +1,11 @@
 """What goes into the adapter cache and what comes out of it: configuration, plans, statistics, errors."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from chameleon_ray.policy.eviction import PAPER_WEIGHTS, POLICIES, Weights
+from chameleon_ray.policy.figures import level, total
 
 
 class CacheError(Exception):
@@ -48,7 +49,6 @@ class CacheConfig:
     prefetch: load adapters of queued requests into free blocks before the requests are admitted.
     prefetch_loads: loads in flight (of any kind) up to which one more is started ahead of time.
     prefetch_pause_s: no loading ahead for so long after the KV cache took blocks back.
-    histogram_prefetch: also load adapters that nobody has asked for yet (``policy/prefetch.py``).
     """
 
     max_blocks: int
@@ -61,7 +61,6 @@ class CacheConfig:
     prefetch: bool = True
     prefetch_loads: int = 8
     prefetch_pause_s: float = 1.0
-    histogram_prefetch: bool = False
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -72,8 +71,6 @@ class CacheConfig:
         for name in ("retry_after_s", "prefetch_pause_s"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
-        if self.histogram_prefetch and not POLICIES[self.policy].keeps_idle:
-            raise ValueError(f"histogram_prefetch needs a policy that keeps idle adapters, not {self.policy!r}")
 
 
 class EvictReason(StrEnum):
@@ -127,28 +124,56 @@ class Plan:
 class CacheStats:
     """Totals since the start, and what holds now.
 
-    hits, misses: requests whose adapter was, or was not, resident when they arrived.
-    evictions: by reason. loads: started, ``prefetches`` of them ahead of time. host_drops: host copies that left.
-    blocks_held, host_bytes_held: those of loads and fetches under way included.
+    prefetches: those of ``loads`` that were ahead of time. host_drops: host copies that left.
     requests_waiting: queued requests whose adapter is not resident.
     """
 
-    hits: int
-    misses: int
-    evictions: Mapping[EvictReason, int]
-    loads: int
-    prefetches: int
-    load_failures: int
-    fetches: int
-    fetch_failures: int
+    hits: int = field(
+        metadata=total("chameleon_adapter_hits", "Requests whose adapter was resident when they came to the engine.")
+    )
+    misses: int = field(
+        metadata=total("chameleon_adapter_misses", "Requests whose adapter was not resident when they came.")
+    )
+    evictions: Mapping[EvictReason, int] = field(
+        metadata=total(
+            "chameleon_adapter_evictions",
+            "Adapters that left KV memory: kv_pressure, load (room for another), share_bound, discard, retired.",
+            key_tag="reason",
+        )
+    )
+    loads: int = field(
+        metadata=total("chameleon_adapter_loads", "load: copies from host memory into KV blocks begun.", stage="load")
+    )
+    prefetches: int = field(
+        metadata=total("chameleon_adapter_prefetches", "Loads into KV blocks that no request needed yet.")
+    )
+    load_failures: int = field(
+        metadata=total("chameleon_adapter_load_failures", "load: copies into KV blocks that failed.", stage="load")
+    )
+    fetches: int = field(
+        metadata=total("chameleon_adapter_loads", "fetch: reads from disk into host memory begun.", stage="fetch")
+    )
+    fetch_failures: int = field(
+        metadata=total("chameleon_adapter_load_failures", "fetch: reads into host memory that failed.", stage="fetch")
+    )
     host_drops: int
-    blocks_held: int
-    host_bytes_held: int
+    blocks_held: int = field(
+        metadata=level(
+            "chameleon_adapter_blocks", "KV-cache blocks, or slots, that adapters hold, those being loaded included."
+        )
+    )
+    host_bytes_held: int = field(
+        metadata=level("chameleon_adapter_host_bytes", "Host memory of adapters per rank, those being read included.")
+    )
     adapters_known: int
     adapters_resident: int
     adapters_in_host: int
-    loads_in_flight: int
-    fetches_in_flight: int
+    loads_in_flight: int = field(
+        metadata=level("chameleon_adapter_loads_in_flight", "load: under way into KV blocks.", stage="load")
+    )
+    fetches_in_flight: int = field(
+        metadata=level("chameleon_adapter_loads_in_flight", "fetch: under way into host memory.", stage="fetch")
+    )
     requests_running: int
     requests_queued: int
     requests_waiting: int

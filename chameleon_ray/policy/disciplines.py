@@ -4,7 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
+
 from chameleon_ray.policy.load_window import LoadWindow
+from chameleon_ray.policy.ordering import GAINS, MAX_AGE_SLOS
 from chameleon_ray.policy.sizing import QueueLoad, Scales, SizingOptions, cluster, token_quotas
 
 UNLIMITED = 1 << 62
@@ -50,13 +53,14 @@ class Layout:
     """Queues in force.
 
     cutoffs: sizes between them. quotas: tokens that each may lend. seats: requests of each that may run.
-    minima_scale: how far infeasible minima were scaled (1: feasible).
+    minima_scale: how far infeasible minima were scaled (1: feasible). max_age_s: see ``ordering.py``.
     """
 
     cutoffs: tuple[float, ...]
     quotas: tuple[int, ...]
     seats: tuple[int, ...]
     minima_scale: float = 1.0
+    max_age_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +108,14 @@ def _cutoffs_and_loads(
     return (), window.loads((), scales, now_s)
 
 
-def _measured_classes(window: LoadWindow, scales: Scales, options: QueueOptions, now_s: float) -> Layout:
+def _thirds(window: LoadWindow, scales: Scales, options: QueueOptions, now_s: float) -> Layout:
+    """Classes of equally many recent requests each; fewer where sizes are equal."""
     cutoffs: tuple[float, ...] = ()
     if window.num_arrived >= _MIN_SAMPLES:
-        cutoffs = cluster(window.sizes(scales), options.max_queues, options.k_rule).cutoffs
+        shares = [number / len(GAINS) for number in range(1, len(GAINS))]
+        cutoffs = tuple(np.unique(np.quantile(window.sizes(scales), shares)).tolist())
     unlimited = (UNLIMITED,) * (len(cutoffs) + 1)
-    return Layout(cutoffs, unlimited, unlimited)
+    return Layout(cutoffs, unlimited, unlimited, max_age_s=MAX_AGE_SLOS * (options.slo_s or window.slo_s()))
 
 
 def _one_queue(window: LoadWindow, scales: Scales, options: QueueOptions, now_s: float) -> Layout:
@@ -123,12 +129,12 @@ def _equal_queues(window: LoadWindow, scales: Scales, options: QueueOptions, now
 
 
 DISCIPLINES = {
-    "chameleon": Discipline(_measured_classes, bypass=True, boosted=True),
+    "chameleon": Discipline(_thirds, bypass=True, boosted=True),
     "paper": Discipline(_measured_queues, bypass=True),
     "fifo": Discipline(_one_queue),
     "sjf": Discipline(_one_queue, shortest_first=True),
     "static": Discipline(_equal_queues, bypass=True),
 }
-"""``chameleon``: queues measured, without quotas, in one order. ``paper``: queues and quotas measured.
+"""``chameleon``: classes measured, without quotas, in one order. ``paper``: queues and quotas measured.
 ``static``: four queues of equal width in size and equal quota.
 ``fifo``, ``sjf``: one queue, limited by memory alone. SJF goes by predicted size, and does starve large requests."""

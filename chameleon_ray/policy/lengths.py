@@ -1,12 +1,12 @@
-"""How long an output will be: the predictor interface, a predictor that learns from served traffic, and an oracle."""
+"""How long an output will be: the predictor interface, and a predictor that learns from served traffic."""
 
 from bisect import bisect_left
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from random import Random
+from dataclasses import dataclass, field
 from typing import Protocol
+
+from chameleon_ray.policy.figures import level
 
 LENGTH_BUCKETS = (16, 64, 256, 1024, 4096)
 """Upper bounds (inclusive) of the output-length classes that predictions are judged by; above the last: one more."""
@@ -24,7 +24,7 @@ class LengthFeatures:
 
     adapter_digest: None for the base model.
     max_tokens: the client's limit on the output; None when it set none.
-    true_output_tokens: only a simulation knows it, and only ``OraclePredictor`` reads it.
+    true_output_tokens: only a simulation knows it, and only its oracle (``sim/oracle.py``) reads it.
     prompt_text: None where it is not known; only predictors that read prompts (``predictor/proxy.py``) use it.
     """
 
@@ -58,8 +58,15 @@ class AccuracySnapshot:
     """
 
     num_requests: int
-    right_bucket_share: float | None
-    mean_absolute_error_tokens: float | None
+    right_bucket_share: float | None = field(
+        metadata=level(
+            "chameleon_length_accuracy",
+            "Share of the latest output lengths that were predicted in the right length class.",
+        )
+    )
+    mean_absolute_error_tokens: float | None = field(
+        metadata=level("chameleon_length_error_tokens", "Mean absolute error of these predictions.")
+    )
     mean_error_tokens: float | None
 
 
@@ -159,43 +166,18 @@ class HistoryPredictor:
         while len(groups) > self._max_groups:
             groups.popitem(last=False)
 
+    def forget(self, adapter_digest: str) -> None:
+        """Drop what was learned of one adapter's requests alone."""
+        self._groups.pop(("adapter", adapter_digest), None)
+        for prompt_class in range(self._max_model_len.bit_length() + 1):
+            self._groups.pop(("both", adapter_digest, prompt_class), None)
+
     def _predict(self, features: LengthFeatures, keys: tuple[Hashable, ...]) -> int:
         for key in keys:
             recent = self._groups.get(key)
             if recent is not None and len(recent) >= _MIN_OBSERVATIONS:
                 return capped(sorted(recent)[len(recent) // 2], features, self._max_model_len)
         return capped(self._default_tokens, features, self._max_model_len)
-
-
-class OraclePredictor:
-    """Knows the truth and tells it with a set probability; otherwise answers from a wrong length class. For simulation.
-
-    accuracy: share of predictions in the right class. rng: the caller's, so that runs repeat.
-    """
-
-    def __init__(self, accuracy: float, rng: Random, max_model_len: int) -> None:
-        if not 0 <= accuracy <= 1:
-            raise ValueError(f"accuracy is {accuracy}; give a share from 0 to 1")
-        self._accuracy = accuracy
-        self._rng = rng
-        self._max_model_len = max_model_len
-
-    def predict(self, features: LengthFeatures) -> int:
-        """See ``LengthPredictor.predict``. Draws from ``rng`` once or twice; always right where only one class can be.
-
-        Raises ValueError for features without ``true_output_tokens``.
-        """
-        if features.true_output_tokens is None:
-            raise ValueError("the oracle needs true_output_tokens; outside a simulation use HistoryPredictor")
-        truth = capped(features.true_output_tokens, features, self._max_model_len)
-        classes = _class_lengths(output_limit(features, self._max_model_len))
-        wrong = [length for length in classes if length_bucket(length) != length_bucket(truth)]
-        if self._rng.random() < self._accuracy or not wrong:
-            return truth
-        return self._rng.choice(wrong)
-
-    def observe(self, features: LengthFeatures, num_output_tokens: int) -> None:
-        """Nothing: the oracle has nothing to learn."""
 
 
 def _group_keys(features: LengthFeatures) -> tuple[Hashable, ...]:
@@ -214,9 +196,3 @@ def output_limit(features: LengthFeatures, max_model_len: int) -> int:
 def capped(num_tokens: int, features: LengthFeatures, max_model_len: int) -> int:
     """A predicted length within what the request may produce."""
     return max(1, min(num_tokens, output_limit(features, max_model_len)))
-
-
-def _class_lengths(limit: int) -> list[int]:
-    """A typical length (the middle) of each class that a request of at most ``limit`` tokens can end in."""
-    bounds = [0, *(bound for bound in LENGTH_BUCKETS if bound < limit), limit]
-    return [max(1, (low + 1 + high) // 2) for low, high in pairwise(bounds)]

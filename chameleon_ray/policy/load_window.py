@@ -99,7 +99,9 @@ class LoadWindow:
         recent, ends = self._arrivals.values(), self._ends.values()
         queues = np.searchsorted(cutoffs, self._sizes(recent, scales))
         end_queues = np.searchsorted(cutoffs, self._sizes(ends, scales))
-        tokens = recent[:, 1] + recent[:, 2] + np.ceil(recent[:, 3] / self._options.kv_token_bytes)
+        tokens = recent[:, 1] + recent[:, 2]
+        if self._options.kv_token_bytes is not None:
+            tokens = tokens + np.ceil(recent[:, 3] / self._options.kv_token_bytes)
         span_s = _span_s(recent[:, 0], now_s, self.slo_s())
         loads = []
         for queue in range(len(cutoffs) + 1):

@@ -1,41 +1,22 @@
-"""In which order ``chameleon`` takes requests of all queues: by arrival, moved by a boost for small work.
+"""In which order ``chameleon`` takes requests of all queues: by arrival, with a bounded boost for small work.
 
-``order = arrival + gain * mean wait * ln(tokens / typical tokens)``: a small request is treated as if it had come a
-little earlier, a large one a little later (Nudge, Grosof et al., SIGMETRICS 2021; gamma-Boost, Yu and Scully, 2024).
-The logarithm is bounded, so nobody is ever moved by more than ``MAX_LOG * gain`` mean waits; without waiting, the order
-is that of arrival.
+``boosted arrival = arrival - gain of the class * min(age, MAX_AGE_SLOS * SLO)``
+
+Small requests are thus treated as if they had come a little earlier, and the more so the longer they have waited
+(accumulating priority; Kleinrock 1964, Stanford, Taylor and Ziedins 2014), up to a bound that does not grow with the
+backlog: in overload the order is nearly that of arrival, and nobody is ever overtaken by anybody who came later than
+``GAINS[0] * MAX_AGE_SLOS`` SLOs after it. The frontier from which the numbers are chosen is in docs/scheduler.md.
+
+Within a class the order is that of arrival at all times, so the earliest head is the earliest of all who wait. Between
+classes a smaller request may come to precede an older, larger one as both age; from then on it always does, because
+its lead only grows: both age alike, and the larger gain counts no fewer seconds.
 """
 
-from math import exp, log
-
-GAIN = 0.3
-MAX_LOG = 4.0
-_WAIT_WEIGHT = 0.02
-_SIZE_WEIGHT = 0.01
+GAINS = (1.0, 0.5, 0.0)
+"""Of the classes, smallest first: thirds of recent requests by WRS."""
+MAX_AGE_SLOS = 0.05
 
 
-class BoostedOrder:
-    """The order of requests, from running means over recent traffic."""
-
-    def __init__(self) -> None:
-        self.mean_wait_s = 0.0
-        self._mean_log: float | None = None
-
-    @property
-    def typical_tokens(self) -> float:
-        """Geometric mean of recent requests' tokens; 1 before the first request."""
-        return 1.0 if self._mean_log is None else exp(self._mean_log)
-
-    def arrived(self, num_tokens: int) -> None:
-        """A request of so many tokens (prompt, predicted output, adapter) has come."""
-        size = log(max(1, num_tokens))
-        self._mean_log = size if self._mean_log is None else self._mean_log + _SIZE_WEIGHT * (size - self._mean_log)
-
-    def admitted(self, waited_s: float) -> None:
-        """A request runs after so long a wait."""
-        self.mean_wait_s += _WAIT_WEIGHT * (waited_s - self.mean_wait_s)
-
-    def boosted_s(self, arrival_s: float, num_tokens: int) -> float:
-        """The time by which a request is ordered, in seconds on the clock of ``arrival_s``."""
-        size = log(max(1, num_tokens)) - (self._mean_log or 0.0)
-        return arrival_s + GAIN * self.mean_wait_s * min(MAX_LOG, max(-MAX_LOG, size))
+def boosted_s(arrival_s: float, size_class: int, max_age_s: float, now_s: float) -> float:
+    """The time by which a request is ordered at ``now_s``, on the same clock."""
+    return arrival_s - GAINS[size_class] * min(max(0.0, now_s - arrival_s), max_age_s)

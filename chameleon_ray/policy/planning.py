@@ -8,9 +8,9 @@ Rules, in the order in which they are applied:
    ones only for a more urgent needed one. Where not even that is enough, nothing leaves for it, and nothing behind it
    is loaded: room that appears is the first one's. Needed adapters that are still being fetched do not hold up others.
 3. Afterwards queued requests' adapters are loaded ahead of time, oldest request first, into blocks that are free
-   anyhow; then, if configured, adapters that the histogram of gaps expects. No adapter is evicted for one loaded ahead.
+   anyhow. No adapter is evicted for one loaded ahead.
 4. Adapters without a host copy are fetched in the same order. Host copies leave by the same score; those that queued
-   requests are waiting for leave for needed adapters only, and none leaves for a mere expectation.
+   requests are waiting for leave for needed adapters only.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -20,7 +20,6 @@ from itertools import chain
 
 from chameleon_ray.policy.cache_types import CacheConfig, Eviction, EvictReason, Plan
 from chameleon_ray.policy.eviction import POLICIES, Scorer, UseHistory
-from chameleon_ray.policy.prefetch import ArrivalHistogram
 from chameleon_ray.policy.residency import Entry, Residency, State, WaitingLine
 
 
@@ -77,8 +76,6 @@ class Planner:
     scorer: Scorer
     residency: Residency
     history: UseHistory
-    arrivals: ArrivalHistogram
-    by_row: dict[int, Entry]
 
     def draft(self, version: int, needed: Sequence[Entry], free_blocks: int, now_s: float, may_prefetch: bool) -> Plan:
         """The plan by the rules above; ``free_blocks`` may be negative: so many are to be given back as well."""
@@ -98,7 +95,7 @@ class Planner:
         room.trim()
         num_needed = len(loads)
         if may_prefetch and enough_kv and blocked is None:
-            self._load_ahead(room, loads, now_s)
+            self._load_ahead(room, loads)
         evicted = forced + [
             Eviction(e.digest, e.num_blocks, _reason(e.digest in for_kv, share < pool)) for e in room.leaving.values()
         ]
@@ -174,13 +171,13 @@ class Planner:
             loads.append(entry)
         return None
 
-    def _load_ahead(self, room: _Room, loads: list[Entry], now_s: float) -> None:
+    def _load_ahead(self, room: _Room, loads: list[Entry]) -> None:
         """Rule 3: appends to ``loads``."""
         num_more = self.config.prefetch_loads - len(self.residency.loading) - len(loads)
         if num_more <= 0 or room.free <= 0:
             return
         taken = {entry.digest for entry in loads}
-        for entry in chain(self._lined_up(self.residency.to_load), self._expected(State.HOST, now_s)):
+        for entry in self._lined_up(self.residency.to_load):
             if entry.digest in taken:
                 continue
             if num_more <= 0 or entry.num_blocks > room.free:
@@ -213,11 +210,9 @@ class Planner:
             return True
 
         waiting = (e for e in self._lined_up(self.residency.to_fetch) if _fetchable(e, now_s))
-        none_short = all(fetch(entry, partial(last_resort, entry)) for entry in urgent) and all(map(fetch, waiting))
+        if all(fetch(entry, partial(last_resort, entry)) for entry in urgent):
+            all(map(fetch, waiting))
         host.trim()
-        for entry in self._expected(State.ABSENT, now_s):
-            if not none_short or _size_bytes(entry) > host.free or not fetch(entry):
-                break
         return host, list(fetches.values())
 
     def _host_room(
@@ -242,14 +237,6 @@ class Planner:
         """Adapters that queued requests wait for, the one with the oldest request first."""
         return (self.residency.entries[digest] for _, digest in line.order)
 
-    def _expected(self, state: State, now_s: float) -> Iterator[Entry]:
-        """Adapters in the state that the histogram expects and nobody asks for yet, soonest first."""
-        if self.config.histogram_prefetch:
-            for _, row in self.arrivals.due(now_s):
-                entry = self.by_row[row]
-                if entry.state is state and not entry.wanted and not entry.retired:
-                    yield entry
-
 
 def _num_blocks(entry: Entry) -> int:
     return entry.num_blocks
@@ -265,7 +252,7 @@ def _first_short(needed: Sequence[Entry], leaving: Collection[str]) -> str | Non
 
 def _fetchable(entry: Entry, now_s: float) -> bool:
     if entry.state is State.FAILED:
-        return entry.failure is not None and now_s >= entry.failure.retry_at_s
+        return entry.failure is not None and entry.failure.is_over(now_s)
     return entry.state is State.ABSENT
 
 

@@ -20,9 +20,9 @@ The rules
 7. Queues and quotas are measured anew every ``refresh_s``, the paper's T_refresh; while requests wait, after a fifth of
    it: old quotas cost nothing until somebody waits, and then more than a queue near saturation can bear
    (docs/simulator.md). Before the first window of traffic is full, also whenever arrivals have doubled.
-8. ``chameleon`` reserves nothing for any queue: every step takes, among the queues' heads, the one whose boosted
-   arrival (``ordering.py``) is earliest. A request without adapter room is bypassed by rule 5 from all queues, one
-   without KV memory by nobody. The boost is bounded, so that rule 6 is left for requests without adapter room.
+8. ``chameleon`` has a queue for each third of sizes and reserves nothing for any: every step takes, among the heads,
+   the one whose boosted arrival (``ordering.py``) is earliest. A request without adapter room is bypassed by rule 5
+   from all queues, one without KV memory by nobody. Boosts are bounded: rule 6 is left for want of adapter room.
 """
 
 from collections.abc import Iterator
@@ -32,9 +32,9 @@ from chameleon_ray.policy.admission import AdapterRoom, Admission, Admitted, Obs
 from chameleon_ray.policy.bypass import Bypasses
 from chameleon_ray.policy.disciplines import DISCIPLINES, UNLIMITED, Layout, QueueOptions
 from chameleon_ray.policy.load_window import LoadWindow
-from chameleon_ray.policy.ordering import BoostedOrder
+from chameleon_ray.policy.ordering import boosted_s
 from chameleon_ray.policy.queue_set import QueueSet
-from chameleon_ray.policy.size_queue import Entry, Place, SizeQueue
+from chameleon_ray.policy.size_queue import Entry, Order, Place, SizeQueue
 from chameleon_ray.policy.sizing import QueuedRequest, adapter_tokens, queue_of, request_size
 
 _MAX_LOOKS = 24
@@ -64,7 +64,6 @@ class RequestQueues:
         self._options = options
         self._room = room
         self._window = LoadWindow(options.sizing)
-        self._boosted = BoostedOrder()
         self._scales = self._window.scales()
         self._layout = self._discipline.layout(self._window, self._scales, options, 0.0)
         self._set = QueueSet(self._layout, options.max_running)
@@ -84,6 +83,16 @@ class RequestQueues:
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._set.entries
+
+    def request(self, request_id: str) -> QueuedRequest:
+        """A request that waits or runs. Raises QueueError for one that is unknown."""
+        if (entry := self._set.entries.get(request_id)) is None:
+            raise QueueError(f"request {request_id} is neither queued nor running (removed twice?)")
+        return entry.request
+
+    def running(self) -> list[QueuedRequest]:
+        """Requests admitted and not ended, in order of admission."""
+        return [entry.request for entry in self._set.running.values()]
 
     @property
     def num_waiting(self) -> int:
@@ -120,11 +129,6 @@ class RequestQueues:
             entry.own_adapter_tokens = adapter_tokens(request.adapter, self._options.sizing)
         self._price(entry)
         self._window.arrived(request, now_s)
-        entry.order_s = now_s
-        if self._discipline.boosted:
-            num_tokens = request.num_prompt_tokens + request.num_predicted_tokens + entry.own_adapter_tokens
-            entry.order_s = self._boosted.boosted_s(now_s, num_tokens)
-            self._boosted.arrived(num_tokens)
         self._classify(entry)
         self._set.enter(entry)
 
@@ -162,7 +166,6 @@ class RequestQueues:
         """The candidate runs from now on and borrows its tokens. Raises QueueError for any other request."""
         entry = self._decide(request_id, None)
         waited_s = self._now_s - entry.waiting_since_s
-        self._boosted.admitted(waited_s)
         self._set.run(entry, self._now_s)
         self._num_admissions += 1
         self._bypasses.forget(entry)
@@ -187,8 +190,7 @@ class RequestQueues:
 
     def remove(self, request_id: str) -> None:
         """A request is aborted or failed, wherever it is. Raises QueueError for one that is unknown."""
-        if request_id not in self:
-            raise QueueError(f"request {request_id} is neither queued nor running (removed twice?)")
+        self.request(request_id)
         entry = self._set.entries[request_id]
         if entry is self._candidate:
             self._candidate, self._outcome = None, Obstacle.NOT_READY
@@ -274,7 +276,7 @@ class RequestQueues:
         entry.size = request_size(entry.request, self._scales, self._options.sizing)
         entry.queue = self._set.queues[queue_of(entry.size, self._layout.cutoffs)]
         priority = min(max(entry.request.priority, -_MAX_PRIORITY), _MAX_PRIORITY)
-        seniority_s = entry.order_s + priority * self._options.priority_s
+        seniority_s = entry.arrival_s + priority * self._options.priority_s
         entry.order = (entry.size if self._discipline.shortest_first else seniority_s, entry.arrival)
 
     def _end_step(self) -> None:
@@ -322,7 +324,7 @@ class RequestQueues:
         looks = _MAX_LOOKS
         following = [queue.first() for queue in queues]
         while looks > 0 and any(following):
-            entry = min((one for one in following if one is not None), key=lambda one: one.order)
+            entry = min((one for one in following if one is not None), key=self._boosted)
             queue, order = entry.queue, entry.order
             if entry.place is Place.WAITING:
                 obstacle = self._obstacle(entry, UNLIMITED)
@@ -334,6 +336,10 @@ class RequestQueues:
                 looks -= obstacle in (Obstacle.LOADING, Obstacle.NO_ROOM, Obstacle.NO_BYPASS)
             following[queue.index] = queue.after(order)
         self._head = None
+
+    def _boosted(self, entry: Entry) -> Order:
+        seniority_s, arrival = entry.order
+        return boosted_s(seniority_s, entry.queue.index, self._layout.max_age_s, self._now_s), arrival
 
     def _offer_nobody(self) -> Iterator[Entry]:
         self._unreached.clear()

@@ -19,20 +19,23 @@ from typing import Protocol
 
 from chameleon_ray.policy.adapter import Adapter, Tier
 from chameleon_ray.policy.admission import Admission, Admitted, Obstacle, QueuesState
-from chameleon_ray.policy.cache import AdapterCache, CacheConfig, CacheStats, EvictReason, Plan, State
+from chameleon_ray.policy.cache import AdapterCache
+from chameleon_ray.policy.cache_types import CacheConfig, CacheStats, Plan
 from chameleon_ray.policy.disciplines import QueueOptions
 from chameleon_ray.policy.queues import QueueError, RequestQueues
+from chameleon_ray.policy.residency import State
 from chameleon_ray.policy.sizing import QueuedRequest
 
 IDLE_PLAN_INTERVAL_S = 0.05
-"""How often to plan while nothing has happened: only prefetches and adapters expected soon are at stake."""
+"""How often to plan while nothing has happened: only loads ahead of time are at stake."""
 _NOTHING = Plan(version=-1)
 
 
 class AdapterFailed(Exception):
-    """The request's adapter could not be fetched or loaded a moment ago: refuse the request."""
+    """The request's adapter could not be fetched or loaded a moment ago: refuse the request. retry_at_s: see
+    ``Failure``."""
 
-    def __init__(self, reason: str, retry_at_s: float) -> None:
+    def __init__(self, reason: str, retry_at_s: float | None) -> None:
         super().__init__(reason)
         self.retry_at_s = retry_at_s
 
@@ -41,7 +44,7 @@ class BlockPool(Protocol):
     """What the policy asks of the driver's KV-block pool. Questions: they change nothing."""
 
     def free_blocks(self) -> int:
-        """Blocks that nobody holds."""
+        """Blocks that nobody holds, be it KV cache or (where they share the pool) an adapter."""
 
     def kv_blocks(self, request_id: str) -> int:
         """Blocks that a running request's KV cache holds, and would give back by ending."""
@@ -50,12 +53,17 @@ class BlockPool(Protocol):
 @dataclass(frozen=True, slots=True)
 class ReplicaConfig:
     """cache, queues: what an operator decides about each. discipline: a name in ``DISCIPLINES``. block_tokens: tokens
-    of KV cache in one block."""
+    of KV cache in one block.
+
+    shares_kv: adapters lie in blocks of the KV cache, and give them back to it. Else they have ``cache.max_blocks``
+    blocks of their own (vLLM's slots: one block an adapter), and KV cache and adapters never make room for each other.
+    """
 
     cache: CacheConfig
     queues: QueueOptions
     discipline: str = "chameleon"
     block_tokens: int = 16
+    shares_kv: bool = True
 
     def __post_init__(self) -> None:
         if self.block_tokens < 1:
@@ -79,15 +87,9 @@ class ReplicaPolicy:
         self.config = config
         self.cache = AdapterCache(config.cache)
         """For questions; change it through this object."""
-        self.queues = RequestQueues(config.discipline, config.queues, _Room(self))
+        self.queues = RequestQueues(config.discipline, config.queues, self)
         """For questions; change it through this object."""
         self._pool = pool
-        self._num_blocks: dict[str, int] = {}
-        self._requests: dict[str, QueuedRequest] = {}
-        self._admitted: set[str] = set()
-        self._running: dict[str, set[str]] = {}
-        self._held_blocks = 0
-        self._pinned_blocks = 0
         self._needed: dict[str, None] = {}
         self._blocked: str | None = None
         self._changed = False
@@ -100,12 +102,10 @@ class ReplicaPolicy:
     def add_adapter(self, adapter: Adapter, num_blocks: int, *, on_disk: bool = True) -> None:
         """See ``AdapterCache.add``."""
         self.cache.add(adapter, num_blocks, on_disk=on_disk)
-        self._num_blocks[adapter.digest] = num_blocks
 
     def retire_adapter(self, digest: str) -> None:
         """See ``AdapterCache.retire``; ``end_step`` plans for it to leave."""
         self.cache.retire(digest)
-        self._forget_unknown(digest)
         self._changed = True
 
     def fetched(self, digest: str) -> None:
@@ -114,25 +114,20 @@ class ReplicaPolicy:
         self.queues.adapter_moved(digest)
         self._changed = True
 
-    def fetch_failed(self, digest: str, reason: str, now_s: float) -> tuple[str, ...]:
+    def fetch_failed(self, digest: str, reason: str, now_s: float, *, is_permanent: bool = False) -> tuple[str, ...]:
         """A fetch has failed. Returns the requests that wait for it: end them with an error and ``remove`` them."""
-        self.cache.fetch_failed(digest, reason, now_s)
+        self.cache.fetch_failed(digest, reason, now_s, is_permanent=is_permanent)
         return self._refused(digest)
 
     def loaded(self, digest: str) -> None:
         """A load has ended well: the adapter is resident."""
         self.cache.loaded(digest)
         self.queues.adapter_moved(digest)
-        if not self._running.get(digest):
-            self._pinned_blocks -= self._num_blocks[digest]
         self._changed = True
 
-    def load_failed(self, digest: str, reason: str, now_s: float) -> tuple[str, ...]:
+    def load_failed(self, digest: str, reason: str, now_s: float, *, is_permanent: bool = False) -> tuple[str, ...]:
         """A load has failed: give back its blocks and its host copy. Returns requests to end, as ``fetch_failed``."""
-        self.cache.load_failed(digest, reason, now_s)
-        num_blocks = self._num_blocks[digest]
-        self._pinned_blocks -= num_blocks
-        self._held_blocks -= num_blocks
+        self.cache.load_failed(digest, reason, now_s, is_permanent=is_permanent)
         return self._refused(digest)
 
     # Requests
@@ -142,35 +137,33 @@ class ReplicaPolicy:
 
         Raises AdapterFailed, UnknownAdapter, or QueueError for an id in use.
         """
-        if request.request_id in self._requests:
+        if request.request_id in self.queues:
             raise QueueError(f"request {request.request_id} is queued or running already: use another id")
         digest = request.adapter.digest if request.adapter else None
         if digest is not None and (failure := self.cache.failure(digest, now_s)) is not None:
             raise AdapterFailed(failure.reason, failure.retry_at_s)
         hit = digest is None or self.cache.enqueue(request.request_id, digest, now_s)
         self.queues.add(request, now_s)
-        self._requests[request.request_id] = request
         self._changed = True
         return hit
 
     def finish(self, request_id: str, now_s: float, num_output_tokens: int) -> None:
         """A running request ended by itself. Raises QueueError."""
+        adapter = self._adapter_of(request_id)
         self.queues.finish(request_id, now_s, num_output_tokens)
-        self._let_go(request_id, now_s)
+        self._let_go(request_id, adapter, now_s)
 
     def remove(self, request_id: str, now_s: float) -> None:
         """A request was aborted or failed, waiting or running. Raises QueueError."""
+        adapter = self._adapter_of(request_id)
         self.queues.remove(request_id)
-        self._let_go(request_id, now_s)
+        self._let_go(request_id, adapter, now_s)
 
     def requeue(self, request_id: str, now_s: float, *, squashed: bool = False) -> None:
         """A running request was preempted or squashed, its KV blocks are free: it waits at its old place."""
         self.queues.requeue(request_id, now_s, squashed)
-        self._admitted.remove(request_id)
-        adapter = self._requests[request_id].adapter
-        if adapter is not None:
+        if self._adapter_of(request_id) is not None:
             self.cache.requeue(request_id, now_s)
-            self._unpin(adapter.digest, request_id)
         self._changed = True
 
     # A step
@@ -202,14 +195,8 @@ class ReplicaPolicy:
     def admit(self, request_id: str, now_s: float) -> Admitted:
         """The candidate runs; the driver gives it KV blocks. Raises QueueError for any other request."""
         admitted = self.queues.admit(request_id)
-        self._admitted.add(request_id)
-        adapter = self._requests[request_id].adapter
-        if adapter is not None:
+        if self._adapter_of(request_id) is not None:
             self.cache.acquire(request_id, now_s)
-            running = self._running.setdefault(adapter.digest, set())
-            if not running:
-                self._pinned_blocks += self._num_blocks[adapter.digest]
-            running.add(request_id)
         self._changed = self._has_moved = True
         return admitted
 
@@ -221,7 +208,7 @@ class ReplicaPolicy:
     def end_step(self, now_s: float, reserved_blocks: int = 0) -> Plan:
         """What to do about adapters now, committed already: carry it out.
 
-        reserved_blocks: free blocks that the running batch is about to need; no adapter is loaded into them.
+        reserved_blocks: free KV blocks that the running batch is about to need; no adapter is loaded into them.
         """
         if not (self._changed or self._needed or now_s >= self._planned_at_s + IDLE_PLAN_INTERVAL_S):
             return _NOTHING
@@ -230,7 +217,7 @@ class ReplicaPolicy:
             return _NOTHING
         if self._blocked is not None and self.cache.knows(self._blocked):
             self._needed[self._blocked] = None
-        plan = self.cache.plan(self._needed, max(0, self._pool.free_blocks() - reserved_blocks), now_s)
+        plan = self.cache.plan(self._needed, self.free_adapter_blocks(reserved_blocks), now_s)
         self._commit(plan, now_s)
         self._blocked, self._changed, self._planned_at_s = plan.blocked, False, now_s
         return plan
@@ -250,10 +237,13 @@ class ReplicaPolicy:
     def make_room(self, num_blocks: int, now_s: float, *, for_request: str = "", or_nothing: bool = False) -> Plan:
         """Evictions, committed, that give ``num_blocks`` to the KV cache, or as many as idle adapters hold.
 
-        for_request: whose own adapter stays. or_nothing: evict nobody where it is not enough.
+        for_request: whose own adapter stays. or_nothing: evict nobody where it is not enough. Nobody is evicted where
+        adapters have blocks of their own.
         """
-        request = self._requests.get(for_request)
-        keep = (request.adapter.digest,) if request is not None and request.adapter is not None else ()
+        if not self.config.shares_kv:
+            return _NOTHING
+        adapter = self._adapter_of(for_request) if for_request in self.queues else None
+        keep = () if adapter is None else (adapter.digest,)
         if or_nothing and self.idle_blocks < num_blocks:
             return _NOTHING
         plan = self.cache.reclaim(num_blocks, now_s, keep)
@@ -262,7 +252,64 @@ class ReplicaPolicy:
         self._commit(plan, now_s)
         return plan
 
+    def evict_idle(self, now_s: float) -> Plan:
+        """Evictions, committed, of every adapter that no running request uses."""
+        plan = self.cache.reclaim(self.config.cache.max_blocks, now_s)
+        self._commit(plan, now_s)
+        self._changed = True
+        return plan
+
+    # What the queues ask (``AdapterRoom``)
+
+    def admission(self, request: QueuedRequest) -> Admission:
+        """Whether the request's adapter lets it run now."""
+        if request.adapter is None:
+            return Admission.READY
+        entry = self.cache.entry(request.adapter.digest)
+        if entry.state is State.RESIDENT:
+            return Admission.READY
+        if entry.state in (State.FETCHING, State.LOADING):
+            return Admission.LOADING
+        if entry.digest == self._blocked:
+            return Admission.NO_ROOM
+        share = self.config.cache.max_blocks - self.pinned_blocks
+        if entry.num_blocks <= min(self.free_adapter_blocks() + self.idle_blocks, share):
+            return Admission.FITS
+        # Without a host copy there is nothing that room could be used for yet; the cache fetches for whoever waits.
+        return Admission.NO_ROOM if entry.state is State.HOST else Admission.LOADING
+
+    def ends_needed(self, request: QueuedRequest, leaving: Sequence[str]) -> int | None:
+        """See ``AdapterRoom``: room for the request's adapter and prompt, idle adapters evicted."""
+        own = self.cache.entry(request.adapter.digest) if request.adapter is not None else None
+        prompt_blocks = -(-request.num_prompt_tokens // self.config.block_tokens)
+        shares_kv = self.config.shares_kv
+        free = self._pool.free_blocks() + (self.idle_blocks if shares_kv else 0)
+        share = self.config.cache.max_blocks - self.pinned_blocks
+        users: dict[str, int] = {}
+        for count in range(len(leaving) + 1):
+            if count:
+                request_id = leaving[count - 1]
+                free += self._pool.kv_blocks(request_id)
+                if (adapter := self._adapter_of(request_id)) is not None:
+                    entry = self.cache.entry(adapter.digest)
+                    users[entry.digest] = users.get(entry.digest, len(entry.running)) - 1
+                    if not users[entry.digest]:
+                        free += entry.num_blocks if shares_kv else 0
+                        share += entry.num_blocks
+            adapter_blocks = 0
+            if own is not None and own.state is not State.LOADING and not users.get(own.digest, len(own.running)):
+                adapter_blocks = own.num_blocks
+            if adapter_blocks <= share and prompt_blocks + (adapter_blocks if shares_kv else 0) <= free:
+                return count
+        return None
+
     # State
+
+    def free_adapter_blocks(self, reserved_blocks: int = 0) -> int:
+        """Blocks that nobody holds and that an adapter may be loaded into, ``reserved_blocks`` of the KV cache left."""
+        if self.config.shares_kv:
+            return max(0, self._pool.free_blocks() - reserved_blocks)
+        return self.config.cache.max_blocks - self.cache.blocks_held
 
     @property
     def num_running(self) -> int:
@@ -277,12 +324,12 @@ class ReplicaPolicy:
     @property
     def pinned_blocks(self) -> int:
         """Blocks of adapters that running requests use or that are being loaded: they cannot be given back."""
-        return self._pinned_blocks
+        return self.cache.blocks_held - self.cache.idle_blocks
 
     @property
     def idle_blocks(self) -> int:
-        """Blocks of adapters that no running request uses: they can be given back at once."""
-        return self._held_blocks - self._pinned_blocks
+        """Blocks of adapters that no running request uses: they can be given to others at once."""
+        return self.cache.idle_blocks
 
     def snapshot(self, now_s: float) -> ReplicaSnapshot:
         """Everything that metrics and placement show."""
@@ -291,113 +338,30 @@ class ReplicaPolicy:
         return ReplicaSnapshot(self.cache.stats(), self.queues.state(), tiers, failures)
 
     def check(self) -> None:
-        """Raise AssertionError unless cache, queues and this object agree on every request and block."""
-        states = {digest: self.cache.state(digest) for digest in self._num_blocks}
-        held = {d: self._num_blocks[d] for d, state in states.items() if state in (State.LOADING, State.RESIDENT)}
-        for_adapters = [one.request_id for one in self._requests.values() if one.adapter is not None]
-        self.cache.check(held, for_adapters)
+        """Raise AssertionError unless cache and queues agree on every request."""
         self.queues.check()
-        assert len(self._requests) == self.num_waiting + self.num_running, "a request is known to one side only"
-        assert all(request_id in self.queues for request_id in self._requests), "a request has left the queues"
-        assert len(self._admitted) == self.num_running, "a request runs that was not admitted"
-        assert self._held_blocks == sum(held.values()), f"{self._held_blocks} blocks counted, {held} held"
-        pinned = {d for d in held if states[d] is State.LOADING or self._running.get(d)}
-        assert self._pinned_blocks == sum(held[d] for d in pinned), f"{self._pinned_blocks} blocks pinned, not {pinned}"
+        running = {one.request_id for one in self.queues.running() if one.adapter is not None}
+        entries = [self.cache.entry(digest) for digest in self.cache.tiers()]
+        assert {one for entry in entries for one in entry.running} == running, "a request runs on one side only"
+        queued = {one for entry in entries for one in entry.queued}
+        self.cache.check(live_requests=running | queued)
+        assert all(one in self.queues for one in queued), "a request has left the queues"
 
-    def _admission(self, request: QueuedRequest) -> Admission:
-        if request.adapter is None:
-            return Admission.READY
-        state = self.cache.state(request.adapter.digest)
-        if state is State.RESIDENT:
-            return Admission.READY
-        if state in (State.FETCHING, State.LOADING):
-            return Admission.LOADING
-        if request.adapter.digest == self._blocked:
-            return Admission.NO_ROOM
-        room = min(self._pool.free_blocks() + self.idle_blocks, self.config.cache.max_blocks - self._pinned_blocks)
-        if self._num_blocks[request.adapter.digest] <= room:
-            return Admission.FITS
-        # Without a host copy there is nothing that room could be used for yet; the cache fetches for whoever waits.
-        return Admission.NO_ROOM if state is State.HOST else Admission.LOADING
-
-    def _ends_needed(self, request: QueuedRequest, leaving: Sequence[str]) -> int | None:
-        """See ``AdapterRoom``: room for the request's adapter and prompt, idle adapters evicted."""
-        digest = request.adapter.digest if request.adapter is not None else None
-        is_loading = digest is not None and self.cache.state(digest) is State.LOADING
-        prompt_blocks = -(-request.num_prompt_tokens // self.config.block_tokens)
-        free = self._pool.free_blocks() + self.idle_blocks
-        share = self.config.cache.max_blocks - self._pinned_blocks
-        users: dict[str, int] = {}
-        for count in range(len(leaving) + 1):
-            if count:
-                request_id = leaving[count - 1]
-                free += self._pool.kv_blocks(request_id)
-                if (adapter := self._requests[request_id].adapter) is not None:
-                    users[adapter.digest] = users.get(adapter.digest, len(self._running[adapter.digest])) - 1
-                    if not users[adapter.digest]:
-                        free += self._num_blocks[adapter.digest]
-                        share += self._num_blocks[adapter.digest]
-            adapter_blocks = 0
-            if digest is not None and not is_loading and not users.get(digest, len(self._running.get(digest, ()))):
-                adapter_blocks = self._num_blocks[digest]
-            if adapter_blocks <= share and adapter_blocks + prompt_blocks <= free:
-                return count
-        return None
+    def _adapter_of(self, request_id: str) -> Adapter | None:
+        return self.queues.request(request_id).adapter
 
     def _commit(self, plan: Plan, now_s: float) -> None:
         self.cache.commit(plan, now_s)
         if plan:
             self._has_moved, self._in_vain = True, False
-        for digest in plan.load:
-            self._held_blocks += self._num_blocks[digest]
-            self._pinned_blocks += self._num_blocks[digest]
-        for eviction in plan.evict:
-            self._held_blocks -= eviction.num_blocks
-            if eviction.reason is EvictReason.RETIRED:
-                self._forget_unknown(eviction.digest)
-        for digest in plan.drop:
-            self._forget_unknown(digest)
 
-    def _let_go(self, request_id: str, now_s: float) -> None:
-        adapter = self._requests.pop(request_id).adapter
-        was_running = request_id in self._admitted
-        self._admitted.discard(request_id)
+    def _let_go(self, request_id: str, adapter: Adapter | None, now_s: float) -> None:
         if adapter is not None:
             self.cache.release(request_id, now_s)
-            if was_running:
-                self._unpin(adapter.digest, request_id)
-            self._forget_unknown(adapter.digest)
         # A replica on which nobody waits has nothing to decide when a request ends.
         self._changed |= self._blocked is not None or not (self.cache.settled and self.queues.settled)
-
-    def _unpin(self, digest: str, request_id: str) -> None:
-        running = self._running[digest]
-        running.remove(request_id)
-        if not running:
-            del self._running[digest]
-            self._pinned_blocks -= self._num_blocks[digest]
 
     def _refused(self, digest: str) -> tuple[str, ...]:
         self.queues.adapter_moved(digest)
         self._changed = True
-        requests = self._requests.values()
-        waiting = tuple(one.request_id for one in requests if one.adapter is not None and one.adapter.digest == digest)
-        self._forget_unknown(digest)
-        return waiting
-
-    def _forget_unknown(self, digest: str) -> None:
-        if not self.cache.knows(digest):
-            self._num_blocks.pop(digest, None)
-
-
-@dataclass(frozen=True, slots=True)
-class _Room:
-    """The policy as its queues see it (``AdapterRoom``)."""
-
-    policy: ReplicaPolicy
-
-    def admission(self, request: QueuedRequest) -> Admission:
-        return self.policy._admission(request)
-
-    def ends_needed(self, request: QueuedRequest, leaving: Sequence[str]) -> int | None:
-        return self.policy._ends_needed(request, leaving)
+        return tuple(self.cache.entry(digest).queued) if self.cache.knows(digest) else ()

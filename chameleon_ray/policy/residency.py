@@ -38,10 +38,14 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why an adapter could not be fetched or loaded, and from when it may be tried again."""
+    """Why an adapter could not be fetched or loaded, and from when on it may be tried again; None: never."""
 
     reason: str
-    retry_at_s: float
+    retry_at_s: float | None
+
+    def is_over(self, now_s: float) -> bool:
+        """Whether the adapter may be tried again."""
+        return self.retry_at_s is not None and now_s >= self.retry_at_s
 
 
 @dataclass(slots=True, eq=False)
@@ -108,6 +112,7 @@ class Residency:
 
     idle: resident and without running requests. hosted: with a host copy. retired, loading, fetching: as the words say.
     Each maps digests to entries.
+    blocks_held: those of loading and resident adapters. idle_blocks: those of them that nobody uses.
     to_load, to_fetch: adapters that queued requests wait for, in host memory, or absent or failed.
     """
 
@@ -121,6 +126,7 @@ class Residency:
         self.to_load = WaitingLine()
         self.to_fetch = WaitingLine()
         self.blocks_held = 0
+        self.idle_blocks = 0
         self.host_bytes_held = 0
         self._digest_of: dict[str, str] = {}
         self._num_arrivals = 0
@@ -264,6 +270,8 @@ class Residency:
         blocks = sum(e.num_blocks for e in entries if e.state in (State.LOADING, State.RESIDENT))
         host_bytes = sum(e.adapter.size_bytes for e in entries if e.in_host or e.state is State.FETCHING)
         _demand(self.blocks_held == blocks, f"{self.blocks_held} blocks counted, {blocks} held")
+        idle_blocks = sum(e.num_blocks for e in self.idle.values())
+        _demand(self.idle_blocks == idle_blocks, f"{self.idle_blocks} idle blocks counted, {idle_blocks} idle")
         _demand(self.host_bytes_held == host_bytes, f"{self.host_bytes_held} host bytes counted, {host_bytes} held")
         requests = {r: e.digest for e in entries for r in (*e.running, *e.queued)}
         _demand(self._digest_of == requests, f"requests {self._digest_of} counted, {requests} held")
@@ -314,20 +322,26 @@ class Residency:
     def _wanted_otherwise(self, entry: Entry) -> None:
         """``_regroup`` where only its requests have changed."""
         if entry.state is State.RESIDENT:
-            if entry.running:
-                self.idle.pop(entry.digest, None)
-            else:
-                self.idle[entry.digest] = entry
+            self._count_idle(entry)
         else:
             self._line_up(entry)
 
     def _regroup(self, entry: Entry) -> None:
-        for group, belongs in self._groups(entry):
+        self._count_idle(entry)
+        for group, belongs in self._groups(entry)[1:]:
             if belongs:
                 group[entry.digest] = entry
             else:
                 group.pop(entry.digest, None)
         self._line_up(entry)
+
+    def _count_idle(self, entry: Entry) -> None:
+        if entry.state is State.RESIDENT and not entry.running:
+            if entry.digest not in self.idle:
+                self.idle[entry.digest] = entry
+                self.idle_blocks += entry.num_blocks
+        elif self.idle.pop(entry.digest, None) is not None:
+            self.idle_blocks -= entry.num_blocks
 
     def _line_up(self, entry: Entry) -> None:
         oldest = next(iter(entry.queued.values()), None)

@@ -2,27 +2,26 @@
 
 The rules, in order:
 
-1. A replica's expected TTFT is prefill + queueing delay + loading the adapter from the tier the replica holds it at +
-   the cost of evicting something for it, if it has to load and has no room (`_Cluster.expected_s`, `_load_times_s`).
+1. A replica's expected TTFT is prefill + what others there cost (``replica_table.py``) + loading the adapter from the
+   tier the replica holds it at + the cost of evicting something for it, if it has to load and has no room.
 2. Every adapter has an order of preference over the replicas: higher tier first, then rendezvous order
-   (`rendezvous_weight`). Its first place is stable, so requests for an adapter meet at one replica.
+   (``rendezvous_weight``). Its first place is stable, so requests for an adapter meet at one replica.
 3. The first choice is the most preferred replica among those that are nearly as good as the best: within the share
-   `LoadCosts.hysteresis`, or within `MIN_GAIN_S`. An adapter so spreads to its second place when waiting at the first
-   costs clearly more than loading at the second, and comes back when that ends.
+   ``LoadCosts.hysteresis``, or within ``MIN_GAIN_S``. An adapter so spreads to its second place when waiting at the
+   first costs clearly more than loading at the second, and comes back when that ends.
 
 Nothing is remembered between decisions: routers in several processes agree as far as their hints do, and small
-differences between the hints stay inside the hysteresis. One decision takes time linear in the number of replicas
-given: of a large cluster, ``shortlist.py`` says which are worth giving.
+differences between the hints stay inside the hysteresis.
 """
 
-import hashlib
-import heapq
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from chameleon_ray.policy.adapter import Adapter, Tier
+from chameleon_ray.policy.replica_table import Floats, ReplicaTable, Rows, Tiers, Weights
 
 Reason = Literal["resident", "host", "cold", "overload", "no_hint", "base"]
 """Why the first choice was made.
@@ -39,81 +38,6 @@ MIN_GAIN_S = 0.005
 
 NUM_RANKED = 8
 """How many replicas a decision names: enough alternatives when some are full or have just died."""
-
-_SMOOTHING = 0.1
-
-UNKNOWN_TTFT_S = 0.05
-UNKNOWN_SERVICE_S = 1.0
-UNKNOWN_MAX_RUNNING = 16.0
-"""Stand-ins while no replica has reported the real value; they set how soon a router without hints leaves a home."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaLoad:
-    """A replica's own account of its load, as it publishes it with every heartbeat.
-
-    num_running, num_waiting: requests in the engine's batch and in its queues.
-    max_running: how many requests the engine runs at once (``max_num_seqs``).
-    service_s: mean seconds from a request's admission to its end, over recent requests; 0 when unknown.
-    ttft_s: mean seconds to first token of recent requests that neither queued nor loaded; 0 when unknown.
-    eviction_cost_s: expected seconds that making room for one more adapter costs later requests (0 with free room).
-    kv_used_share: share of the KV pool that running requests and the adapters they use hold; what can be evicted at
-        once (idle adapters, cached prefixes) is free. 0 when unknown.
-
-    Raises ValueError for a value that is negative or not finite, or a ``max_running`` below 1.
-    """
-
-    num_running: int = 0
-    num_waiting: int = 0
-    max_running: int = 1
-    service_s: float = 0.0
-    ttft_s: float = 0.0
-    eviction_cost_s: float = 0.0
-    kv_used_share: float = 0.0
-
-    def __post_init__(self) -> None:
-        # Every replica of a simulated cluster reports every second: look at the names only when something is wrong.
-        times_s = (self.service_s, self.ttft_s, self.eviction_cost_s)
-        values = (self.num_running, self.num_waiting, self.kv_used_share, *times_s)
-        if min(values) >= 0 and self.max_running >= 1 and math.isfinite(sum(values) + self.max_running):
-            return
-        for field in fields(self):
-            lowest = 1 if field.name == "max_running" else 0
-            value = getattr(self, field.name)
-            if not lowest <= value < math.inf:
-                raise ValueError(
-                    f"{field.name} of a replica's load is {value!r}: report a finite number from {lowest} up"
-                )
-
-
-@dataclass(slots=True)
-class RecentRequests:
-    """Running means over a replica's latest requests, about 20 of them, for its ``ReplicaLoad``; 0 before the first."""
-
-    ttft_s: float = 0.0
-    service_s: float = 0.0
-
-    def record(self, ttft_s: float, service_s: float) -> None:
-        """A request ended by itself, so many seconds after its first admission; its first token came after ttft_s."""
-        self.ttft_s = ttft_s if not self.ttft_s else self.ttft_s + _SMOOTHING * (ttft_s - self.ttft_s)
-        self.service_s = service_s if not self.service_s else self.service_s + _SMOOTHING * (service_s - self.service_s)
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaView:
-    """What the router believes about one live replica at the moment of a decision (hints, not truth).
-
-    tier: where it holds the request's adapter (``Tier.GPU`` for a base-model request).
-    in_flight: requests that this router has sent there and that have not ended.
-    report_in_flight: how many of this router's requests were in flight there when ``load`` was published.
-    load: its last published load; None when nothing was ever published or it is too old to trust.
-    """
-
-    replica_id: str
-    tier: Tier
-    in_flight: int
-    load: ReplicaLoad | None = None
-    report_in_flight: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,127 +84,45 @@ class Decision:
 
 def rank_replicas(
     adapter: Adapter | None,
-    replicas: Sequence[ReplicaView],
+    table: ReplicaTable,
+    holders: Mapping[str, Tier],
     costs: LoadCosts,
     request_key: str = "",
-    num_ranked: int = NUM_RANKED,
 ) -> Decision:
     """The replicas for one request, best first, by the rules at the top of this file.
 
     adapter: what the request needs; None for the base model, which goes to the least expected TTFT.
+    holders: where the adapter is, as far as known, by replica id; of any replicas, alive or not.
     request_key: anything that differs between requests; rotates base-model requests over equally good replicas.
-    num_ranked: how many replicas the decision names; the fewer, the less there is to put in order.
 
-    The order of ``replicas`` does not matter. Raises ValueError when there is none.
+    Raises ValueError when the table is empty.
     """
-    if not replicas:
+    if not table.ids:
         raise ValueError("no replica to choose from: wait for one to come up before routing")
-    cluster = _Cluster.of(replicas)
+    expected_s = table.ttft_s + table.waiting_s()
     if adapter is None:
-        return _rank_for_base(replicas, cluster, request_key, num_ranked)
-    # Without any hint a load costs the same everywhere: counting it would only blunt the balance by load.
-    load_times_s = _load_times_s(adapter, costs) if cluster.has_hints else (0.0,) * len(Tier)
-    expected_s = cluster.expected_s(replicas, load_times_s)
-    best_s = min(expected_s)
-    bound_s = max(best_s * (1 + costs.hysteresis), best_s + MIN_GAIN_S)
-    good = [view for view, ttft_s in zip(replicas, expected_s, strict=True) if ttft_s <= bound_s]
-    preference = _preference(adapter)
-    ranked = _most_preferred(num_ranked, good, preference)
-    first = ranked[0]
-    worse: list[_Expected] = []
-    if first.tier is not Tier.GPU or len(ranked) < num_ranked:
-        worse = [item for item in zip(expected_s, replicas, strict=True) if item[0] > bound_s]
-    if len(ranked) < num_ranked:
-        ranked += _soonest(num_ranked - len(ranked), worse, adapter.digest)
-    return Decision(
-        replica_ids=tuple([view.replica_id for view in ranked]),
-        reason=_reason(first, [view for _, view in worse], preference) if cluster.has_hints else "no_hint",
-        tier=first.tier,
-        expected_ttft_s=next(ttft_s for ttft_s, view in zip(expected_s, replicas, strict=True) if view is first),
-    )
+        rows = _soonest(NUM_RANKED, expected_s, table.weights(request_key))
+        return _decision(table, rows, "base", Tier.GPU, expected_s)
+    tiers = table.tiers(holders)
+    has_hints = table.is_reported or bool(tiers.any())
+    if has_hints:  # without any hint a load costs the same everywhere: counting it would only blunt the balance by load
+        expected_s += np.array(_load_times_s(adapter, costs))[tiers]
+        expected_s += table.eviction_costs_s() * (tiers != Tier.GPU)
+    best_s = float(expected_s.min())
+    is_good = expected_s <= max(best_s * (1 + costs.hysteresis), best_s + MIN_GAIN_S)
+    weights = table.weights(adapter.digest)
+    preference = _preference(tiers, weights)
+    good, worse = is_good.nonzero()[0], (~is_good).nonzero()[0]
+    rows = good[_highest(NUM_RANKED, preference[good])].tolist()
+    if (missing := NUM_RANKED - len(rows)) > 0:
+        rows += worse[_soonest(missing, expected_s[worse], weights[worse])].tolist()
+    first = rows[0]
+    reason: Reason = _reason(first, worse, tiers, preference) if has_hints else "no_hint"
+    return _decision(table, rows, reason, Tier(int(tiers[first])), expected_s)
 
 
-def rendezvous_weight(key: str, replica_id: str) -> int:
-    """The 64-bit weight of a replica for a key; the highest weight is the key's home (highest random weight hashing).
-
-    Adding a replica moves only the keys whose home it becomes, one in the new number of replicas; removing one moves
-    only its own. Source: Thaler and Ravishankar, "Using name-based mappings to increase hit rates", 1998.
-    """
-    digest = hashlib.blake2b(f"{key}\0{replica_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
-
-
-_Expected = tuple[float, ReplicaView]
-"""A replica with the TTFT expected of it, in seconds."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Cluster:
-    """What the replicas' reports say taken together: means over those that reported a value, else the stand-ins.
-
-    The prefill time of a request depends on the request, not on what a replica happened to serve before it: so one
-    ``ttft_s`` counts for all replicas.
-    """
-
-    has_hints: bool
-    ttft_s: float
-    service_s: float
-    max_running: float
-
-    @staticmethod
-    def of(replicas: Iterable[ReplicaView]) -> "_Cluster":
-        ttfts_s, services_s, seats = [], [], []
-        for view in replicas:
-            if (load := view.load) is not None:
-                seats.append(load.max_running)
-                if load.ttft_s > 0:
-                    ttfts_s.append(load.ttft_s)
-                if load.service_s > 0:
-                    services_s.append(load.service_s)
-        return _Cluster(
-            has_hints=bool(seats) or any(view.tier > Tier.ABSENT for view in replicas),
-            ttft_s=_mean(ttfts_s, UNKNOWN_TTFT_S),
-            service_s=_mean(services_s, UNKNOWN_SERVICE_S),
-            max_running=_mean(seats, UNKNOWN_MAX_RUNNING),
-        )
-
-    def expected_s(self, replicas: Iterable[ReplicaView], load_times_s: Sequence[float] = ()) -> list[float]:
-        """The expected TTFT of each replica: the delay from other requests there, which grows with each of them, and,
-        with ``load_times_s`` by tier, the adapter's load and what is evicted for it.
-
-        n: requests there, as last reported, and those that this router has sent since. m: requests that run at once.
-        Up to m, requests share the steps that do the prefill: delay = ttft * n / m. Beyond, a request waits until
-        n - m + 1 others have ended, of which m end per service time: another service * (n - m + 1) / m. An engine can
-        be full before m requests run (out of KV blocks): those it reports as waiting count as that excess at least.
-        """
-        ttft_s, mean_service_s, mean_running = self.ttft_s, self.service_s, self.max_running
-        expected_s = []
-        for view in replicas:
-            load = view.load
-            if load is None:
-                num_requests, num_waiting = view.in_flight, 0
-                max_running, service_s = mean_running, mean_service_s
-            else:
-                num_requests = load.num_running + (num_waiting := load.num_waiting)
-                if (sent_since := view.in_flight - view.report_in_flight) > 0:
-                    num_requests += sent_since
-                max_running, service_s = load.max_running, load.service_s or mean_service_s
-            delay_s = ttft_s * num_requests / max_running if num_requests < max_running else ttft_s
-            num_excess = num_requests - max_running + 1
-            if num_excess < num_waiting:
-                num_excess = num_waiting
-            if num_excess > 0:
-                delay_s += service_s * num_excess / max_running
-            if load_times_s:
-                delay_s += load_times_s[view.tier]
-                if load is not None and view.tier is not Tier.GPU:
-                    delay_s += load.eviction_cost_s
-            expected_s.append(ttft_s + delay_s)
-        return expected_s
-
-
-def _mean(values: Sequence[float], otherwise: float) -> float:
-    return math.fsum(values) / len(values) if values else otherwise
+def _decision(table: ReplicaTable, rows: list[int], reason: Reason, tier: Tier, expected_s: Floats) -> Decision:
+    return Decision(tuple([table.ids[row] for row in rows]), reason, tier, float(expected_s[rows[0]]))
 
 
 def _load_times_s(adapter: Adapter, costs: LoadCosts) -> tuple[float, ...]:
@@ -291,55 +133,34 @@ def _load_times_s(adapter: Adapter, costs: LoadCosts) -> tuple[float, ...]:
     return absent_s, disk_s, host_s, 0.0
 
 
-def _preference(adapter: Adapter) -> Callable[[ReplicaView], tuple[int, int, str]]:
-    """The sort key of an adapter's order of preference over replicas."""
-    return lambda view: (-view.tier, -rendezvous_weight(adapter.digest, view.replica_id), view.replica_id)
+def _preference(tiers: Tiers, weights: Weights) -> Weights:
+    """An adapter's order of preference over replicas, the highest first: the tier, then the rendezvous weight."""
+    return (tiers.astype(np.uint64) << np.uint64(62)) | (weights >> np.uint64(2))
 
 
-def _most_preferred(
-    count: int, replicas: Iterable[ReplicaView], preference: Callable[[ReplicaView], tuple[int, int, str]]
-) -> list[ReplicaView]:
-    """As sorting by ``preference`` would have it; without the weights of tiers that are not reached."""
-    by_tier: dict[Tier, list[ReplicaView]] = {}
-    for view in replicas:
-        by_tier.setdefault(view.tier, []).append(view)
-    ranked: list[ReplicaView] = []
-    for tier in sorted(by_tier, reverse=True):
-        views = by_tier[tier]
-        if len(views) == 1 and len(ranked) < count:
-            ranked += views
-        elif len(ranked) < count:
-            ranked += heapq.nsmallest(count - len(ranked), views, key=preference)
-    return ranked
+def _highest(count: int, values: Weights) -> Rows:
+    """Indices of the ``count`` highest values, the highest first."""
+    if len(values) > count:
+        chosen = np.argpartition(values, -count)[-count:]
+        return chosen[np.argsort(values[chosen])[::-1]]
+    return np.argsort(values)[::-1]
 
 
-def _soonest(count: int, expected: Iterable[_Expected], tie_key: str) -> list[ReplicaView]:
-    def order(item: _Expected) -> tuple[float, int, str]:
-        return item[0], -rendezvous_weight(tie_key, item[1].replica_id), item[1].replica_id
-
-    return [view for _, view in heapq.nsmallest(count, expected, key=order)]
-
-
-def _rank_for_base(replicas: Sequence[ReplicaView], cluster: _Cluster, request_key: str, num_ranked: int) -> Decision:
-    expected = list(zip(cluster.expected_s(replicas), replicas, strict=True))
-    ranked = _soonest(num_ranked, expected, request_key)
-    return Decision(
-        replica_ids=tuple([view.replica_id for view in ranked]),
-        reason="base",
-        tier=Tier.GPU,
-        expected_ttft_s=min([ttft_s for ttft_s, _ in expected]),
-    )
+def _soonest(count: int, expected_s: Floats, weights: Weights) -> list[int]:
+    """Indices of the ``count`` least expected TTFTs, the least first; of equal ones the higher weight first."""
+    rows = np.arange(len(expected_s))
+    if len(rows) > count:
+        rows = (expected_s <= np.partition(expected_s, count - 1)[count - 1]).nonzero()[0]
+    order: list[int] = rows[np.lexsort((~weights[rows], expected_s[rows]))][:count].tolist()
+    return order
 
 
-def _reason(
-    first: ReplicaView, worse: Iterable[ReplicaView], preference: Callable[[ReplicaView], tuple[int, int, str]]
-) -> Reason:
-    """Why ``first`` is first, of an adapter that some replica reports on. ``worse``: those that hysteresis let go."""
-    if first.tier == Tier.GPU:
+def _reason(first: int, worse: Rows, tiers: Tiers, preference: Weights) -> Reason:
+    """Why ``first`` is first, of an adapter that some replica reports on. worse: those that hysteresis let go."""
+    if tiers[first] == Tier.GPU:
         return "resident"
-    if any(view.tier > first.tier for view in worse):
+    if (tiers[worse] > tiers[first]).any():
         return "overload"
-    if first.tier == Tier.HOST:
+    if tiers[first] == Tier.HOST:
         return "host"
-    place = preference(first)
-    return "overload" if any(preference(view) < place for view in worse) else "cold"
+    return "overload" if (preference[worse] > preference[first]).any() else "cold"

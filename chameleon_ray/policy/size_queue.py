@@ -35,8 +35,7 @@ class Entry:
     arrival: number of the request, in order of arrival.
     tokens, adapter_tokens: what it borrows while it runs, and the part of it that is for its adapter.
     own_adapter_tokens: that part if nobody else used the adapter.
-    size: its WRS by the scales in force. order_s: when it arrived, boosted where that is the order.
-    admitted_s: when it last began to run.
+    size: its WRS by the scales in force. admitted_s: when it last began to run.
     waiting_since_s: when it arrived or last came back.
     overtaken: requests admitted while only capacity, not its queue's quota, kept it waiting.
     was_ready: its adapter was resident while it waited. was_squashed: it lost a bypass once.
@@ -51,7 +50,6 @@ class Entry:
     adapter_tokens: int = 0
     own_adapter_tokens: int = 0
     size: float = 0.0
-    order_s: float = 0.0
     order: Order = (0.0, 0)
     place: Place = Place.WAITING
     waiting_since_s: float = 0.0

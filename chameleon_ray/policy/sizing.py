@@ -43,13 +43,14 @@ class QueuedRequest:
 class SizingOptions:
     """Weights and maxima of the weighted request size.
 
-    kv_token_bytes: KV-cache bytes of one token; turns adapter bytes into tokens.
+    kv_token_bytes: KV-cache bytes of one token; turns adapter bytes into tokens. None where adapters take nothing of
+    the KV cache.
     form: ``product`` is the paper's WRS, ``sum`` its degree-1 variant with three terms.
     adapter_weight: weight of the adapter term in ``sum`` (the product has none).
     max_input_tokens, max_output_tokens, max_adapter_bytes: None takes the largest in the window of recent requests.
     """
 
-    kv_token_bytes: int
+    kv_token_bytes: int | None
     input_weight: float = 0.4
     output_weight: float = 0.6
     adapter_weight: float = 0.5
@@ -59,7 +60,7 @@ class SizingOptions:
     max_adapter_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if self.kv_token_bytes <= 0:
+        if self.kv_token_bytes is not None and self.kv_token_bytes <= 0:
             raise ValueError(f"kv_token_bytes is {self.kv_token_bytes}; give the KV-cache bytes of one token")
         if min(self.input_weight, self.output_weight, self.adapter_weight) < 0:
             raise ValueError("weights of the request size must not be negative")
@@ -82,7 +83,7 @@ class Scales:
 
 def adapter_tokens(adapter: Adapter, options: SizingOptions) -> int:
     """An adapter's bytes as KV tokens."""
-    return ceil(adapter.size_bytes / options.kv_token_bytes)
+    return 0 if options.kv_token_bytes is None else ceil(adapter.size_bytes / options.kv_token_bytes)
 
 
 def request_tokens(request: QueuedRequest, options: SizingOptions) -> int:

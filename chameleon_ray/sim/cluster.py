@@ -5,7 +5,7 @@ import json
 import math
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,6 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from chameleon_ray.policy.adapter import Tier
-from chameleon_ray.policy.cache import State
 from chameleon_ray.policy.routing import LoadCosts
 from chameleon_ray.sim import plots
 from chameleon_ray.sim.costs import CostModel, Count, NotNegative, Positive, load_cost_model
@@ -24,14 +23,27 @@ from chameleon_ray.sim.loop import run as run_events
 from chameleon_ray.sim.parallel import map_tasks, show_progress
 from chameleon_ray.sim.replica import EngineMode, Job, SimReplica
 from chameleon_ray.sim.routers import ROUTERS, Hints, make_router
-from chameleon_ray.sim.scenario import PolicySettings, make_predictor, replica_config
+from chameleon_ray.sim.scenario import (
+    EngineSettings,
+    PolicySettings,
+    Scenario,
+    make_predictor,
+    replica_config,
+    simulate,
+)
 from chameleon_ray.sim.workload import AdapterMix, SimRequest, WorkloadConfig, generate, make_adapters
+
+REFERENCE = "power_of_two"
+"""The routing policy that others are compared with: Ray Serve's default."""
+
+_BACKLOG = 1000
 
 
 class ClusterScenario(BaseModel):
     """One run of a cluster; ``workload.requests_per_s`` is the whole cluster's rate.
 
-    hint_delay_s: how old tiers, loads and deaths are when routers hear of them. report_s: between load reports.
+    hint_delay_s: how old tiers, loads and deaths are when routers hear of them. report_s: between load reports, by
+    default as in the product.
     failures_s, joins_s: when a replica dies (the oldest that lives) and when one more joins.
     """
 
@@ -43,7 +55,7 @@ class ClusterScenario(BaseModel):
     routing: str = "affinity"
     num_replicas: Count = 4
     hint_delay_s: NotNegative = 0.1
-    report_s: Positive = 1.0
+    report_s: Positive = 0.5
     hysteresis: NotNegative = 0.2
     failures_s: list[NotNegative] = []
     joins_s: list[NotNegative] = []
@@ -124,15 +136,16 @@ def scenario_of(
 
 
 def run(
-    scenario: ClusterScenario,
+    scenarios: Sequence[ClusterScenario],
     routings: Iterable[str] = (),
     json_path: Path | None = None,
     num_workers: int | None = None,
     plot_path: Path | None = None,
 ) -> int:
-    """Simulate the scenario with each routing policy (none named: all), print a table; the exit status.
+    """Simulate each scenario with each routing policy (none named: all), print a table for each rate; the exit status.
 
-    json_path, plot_path: files that are written as well. Raises ClusterError, CostModelError, PlotError.
+    scenarios: any rates and seeds of otherwise the same cluster. json_path, plot_path: files that are written as well;
+    the plot is of the first rate. Raises ClusterError, CostModelError, PlotError.
     """
     names = list(routings) or list(ROUTERS)
     for name in names:
@@ -140,20 +153,81 @@ def run(
             raise ClusterError(f"no routing policy {name!r}: choose from {', '.join(ROUTERS)}")
     if plot_path is not None:
         plots.check_file(plot_path)
-    load_cost_model(scenario.cost_model)
-    results = map_tasks(simulate_cluster, [_with(scenario, name) for name in names], "simulating", num_workers)
-    titles = ("TTFT P50", "P99", "hits", "loads/req", "copies", "imbalance", "retries")
-    print(f"{'':20}" + "".join(f"{title:>11}" for title in titles))
-    for name, r in zip(names, results, strict=True):
-        cells = (r.ttft_p50_s, r.ttft_p99_s, r.hit_rate, r.loads_per_request, r.copies, r.imbalance, r.retries)
-        print(f"{name:20}" + "".join(f"{cell:11.4g}" for cell in cells))
-    routing = dict(zip(names, map(asdict, results), strict=True))
+    load_cost_model(scenarios[0].cost_model)
+    tasks = [_with(scenario, name) for scenario in scenarios for name in names]
+    runs = list(zip(tasks, map_tasks(simulate_cluster, tasks, "simulating", num_workers), strict=True))
+    means = {
+        rate: {
+            name: _mean([result for task, result in runs if (_rate(task), task.routing) == (rate, name)])
+            for name in names
+        }
+        for rate in dict.fromkeys(map(_rate, tasks))
+    }
+    for rate, figures in means.items():
+        _print_table(rate, figures)
+    first = next(iter(means.values()))
     if plot_path is not None:
-        plots.plot_cluster(routing, plot_path)
+        plots.plot_cluster(first, plot_path)
     if json_path is not None:
-        content = {"scenario": scenario.model_dump(mode="json"), "routing": routing}
+        content = {
+            "scenario": scenarios[0].model_dump(mode="json"),
+            "routing": first,
+            "rates": [{"requests_per_s_each": rate, "routing": figures} for rate, figures in means.items()],
+            "runs": [
+                {"requests_per_s_each": _rate(task), "seed": task.seed, "routing": task.routing} | asdict(result)
+                for task, result in runs
+            ],
+        }
         json_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def capacity(scenario: ClusterScenario) -> float:
+    """Requests per second that one replica of the cluster serves of this traffic while it has a backlog.
+
+    Of ``_BACKLOG`` requests that all come at once, the middle four fifths of the ends; mean of seeds 0 to 2, so that
+    runs with any seeds compare. Above it no routing keeps up.
+    """
+    backlog = {"requests_per_s": float(_BACKLOG), "duration_s": 1.0, "warmup_s": 0.0}
+    rates = []
+    for seed in range(3):
+        one = Scenario(
+            cost_model=scenario.cost_model,
+            workload=scenario.workload.model_copy(update=backlog),
+            policy=scenario.policy,
+            engine=EngineSettings(host_resident=False),
+            seed=seed,
+        )
+        ends_s = sorted(job.end_s for job in simulate(one).jobs if job.end_s is not None)
+        tenth = len(ends_s) // 10
+        rates.append((len(ends_s) - 2 * tenth) / (ends_s[-tenth - 1] - ends_s[tenth]))
+    return sum(rates) / len(rates)
+
+
+def _rate(scenario: ClusterScenario) -> float:
+    return scenario.workload.requests_per_s / scenario.num_replicas
+
+
+def _mean(results: Sequence[ClusterResult]) -> dict[str, float]:
+    """Means of each figure; of one run the figures themselves."""
+    rows = [asdict(result) for result in results]
+    return {key: sum(row[key] for row in rows) / len(rows) if len(rows) > 1 else rows[0][key] for key in rows[0]}
+
+
+def _print_table(rate: float, figures: Mapping[str, Mapping[str, float]]) -> None:
+    titles = ("TTFT P50", "P99", "hits", "loads/req", "copies", "imbalance", "retries")
+    keys = ("ttft_p50_s", "ttft_p99_s", "hit_rate", "loads_per_request", "copies", "imbalance", "retries")
+    reference = figures.get(REFERENCE)
+    if reference is not None:
+        titles += ("P99 ratio", "loads ratio")
+    print(f"{f'{rate:.4g}/s each':20}" + "".join(f"{title:>12}" for title in titles))
+    for name, row in figures.items():
+        cells = [row[key] for key in keys]
+        if reference is not None:
+            cells += [
+                row[key] / reference[key] if reference[key] else math.nan for key in ("ttft_p99_s", "loads_per_request")
+            ]
+        print(f"{name:20}" + "".join(f"{cell:12.4g}" for cell in cells))
 
 
 def simulate_cluster(scenario: ClusterScenario) -> ClusterResult:
@@ -215,8 +289,11 @@ class _Cluster:
             f"{self._total} requests, {self._num_arrived} arrived, {self._num_left} left"
         )
         live = [replica for replica in self._replicas if replica.alive]
-        for replica in live:
-            replica.check_end()
+        for index, replica in enumerate(self._replicas):
+            if replica.alive:
+                replica.check_end()
+                held = {d: tier for d, tier in replica.policy.cache.tiers().items() if tier > Tier.DISK}
+                assert self._hints.held_by(index) == held, f"routers are wrong about replica {index}"
         holders: Counter[str] = Counter()
         for replica in live:
             holders.update(d for d, tier in replica.policy.cache.tiers().items() if tier is Tier.GPU)
@@ -285,9 +362,7 @@ class _Cluster:
         return index
 
     def _moved(self, index: int, digest: str, now_s: float) -> Iterable[Event]:
-        state = self._replicas[index].policy.cache.state(digest)
-        in_host = state in (State.HOST, State.LOADING)
-        tier = Tier.GPU if state is State.RESIDENT else Tier.HOST if in_host else Tier.DISK
+        tier = self._replicas[index].policy.cache.tier(digest)
         return [(now_s + self._scenario.hint_delay_s, partial(self._heard_tier, index, digest, tier))]
 
     def _heard_tier(self, index: int, digest: str, tier: Tier, now_s: float) -> Iterable[Event]:
@@ -297,10 +372,10 @@ class _Cluster:
     def _report(self, index: int, now_s: float) -> Iterable[Event]:
         if not self._replicas[index].alive or self._num_left == self._total:
             return ()
-        load, in_flight = self._replicas[index].load(now_s), self._hints.in_flight[index]
+        load = self._replicas[index].load(now_s)
 
         def heard(now_s: float) -> Iterable[Event]:
-            self._hints.report(index, load, in_flight)
+            self._hints.report(index, load)
             return ()
 
         return [

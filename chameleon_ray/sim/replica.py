@@ -21,7 +21,7 @@ from chameleon_ray.policy.admission import Obstacle
 from chameleon_ray.policy.cache_types import Plan
 from chameleon_ray.policy.lengths import LengthFeatures, LengthPredictor
 from chameleon_ray.policy.replica import ReplicaConfig, ReplicaPolicy
-from chameleon_ray.policy.routing import RecentRequests, ReplicaLoad
+from chameleon_ray.policy.replica_load import RecentRequests, ReplicaLoad
 from chameleon_ray.policy.sizing import QueuedRequest
 from chameleon_ray.sim.costs import CostModel
 from chameleon_ray.sim.link import Link
@@ -106,6 +106,7 @@ class SimReplica:
         """ended: hears of every job that left. moved: hears of adapters whose tier may have changed."""
         self.costs = costs
         self.mode = mode
+        self._shares_kv = config.shares_kv
         self.policy = ReplicaPolicy(config, self)
         self.jobs: dict[str, Job] = {}
         self.batch: dict[str, Job] = {}
@@ -156,8 +157,8 @@ class SimReplica:
     # What the policy asks (``BlockPool``)
 
     def free_blocks(self) -> int:
-        """Blocks that nobody holds."""
-        return self._pool_blocks - self._kv_blocks - self._held_blocks
+        """Blocks that nobody holds, be it KV cache or (where they share the pool) an adapter."""
+        return self._pool_blocks - self._kv_blocks - (self._held_blocks if self._shares_kv else 0)
 
     def kv_blocks(self, request_id: str) -> int:
         """Blocks of a running request's KV cache; as in the engine, those that it has computed."""
@@ -178,16 +179,18 @@ class SimReplica:
             service_s=self._recent.service_s,
             ttft_s=self._recent.ttft_s,
             eviction_cost_s=policy.cache.eviction_cost_s(
-                self.free_blocks(), now_s, lambda size_bytes: links.overhead_s + size_bytes / links.host_bytes_s
+                policy.free_adapter_blocks(),
+                now_s,
+                lambda size_bytes: links.overhead_s + size_bytes / links.host_bytes_s,
             ),
-            kv_used_share=(self._kv_blocks + policy.pinned_blocks) / self._pool_blocks,
+            kv_used_share=(self._kv_blocks + (policy.pinned_blocks if self._shares_kv else 0)) / self._pool_blocks,
         )
 
     # What happens from outside
 
     def add_adapter(self, adapter: Adapter, tier: Tier = Tier.DISK, now_s: float = 0.0) -> None:
         """Make an adapter known at a tier of DISK or below, or with a host copy at HOST if host memory has room."""
-        num_blocks = self.costs.adapter_blocks(adapter.size_bytes)
+        num_blocks = self._blocks_of_adapter(adapter)
         self.policy.add_adapter(adapter, num_blocks, on_disk=tier >= Tier.DISK)
         self._adapters[adapter.digest] = adapter
         if tier >= Tier.DISK:
@@ -206,7 +209,7 @@ class SimReplica:
             request, LengthFeatures(digest, request.num_prompt_tokens, request.max_tokens, request.num_output_tokens)
         )
         if self._blocks(request.num_prompt_tokens + request.num_output_tokens) + (
-            self.costs.adapter_blocks(adapter.size_bytes) if adapter else 0
+            self._blocks_of_adapter(adapter) if adapter and self._shares_kv else 0
         ) > int(self.costs.memory.pool_blocks * (1 - self.costs.limits.watermark_share)):
             self._leave(job, "refused", now_s)
             return ()
@@ -615,7 +618,7 @@ class SimReplica:
         for digest in plan.drop:
             events += self._announce(digest, now_s)
         for digest in plan.load:
-            num_blocks = self.costs.adapter_blocks(self._adapters[digest].size_bytes)
+            num_blocks = self._blocks_of_adapter(self._adapters[digest])
             self._adapter_blocks[digest] = num_blocks
             self._held_blocks += num_blocks
             events += self.host_link.transfer(self._adapters[digest].size_bytes, partial(self._loaded, digest), now_s)
@@ -653,6 +656,9 @@ class SimReplica:
 
     def _blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_tokens)
+
+    def _blocks_of_adapter(self, adapter: Adapter) -> int:
+        return self.costs.adapter_blocks(adapter.size_bytes) if self._shares_kv else 1
 
     def _blocks_of(self, job: Job) -> int:
         return job.kv_blocks + max(0, (self._grown_step - job.grow_step) // self._block_tokens + 1)

@@ -5,8 +5,9 @@ from collections import defaultdict
 from random import Random
 
 from chameleon_ray.policy.adapter import Tier
-from chameleon_ray.policy.routing import LoadCosts, ReplicaLoad, ReplicaView, rank_replicas
-from chameleon_ray.policy.shortlist import ReplicaTable
+from chameleon_ray.policy.replica_load import ReplicaLoad
+from chameleon_ray.policy.replica_table import ReplicaTable, ReplicaView
+from chameleon_ray.policy.routing import LoadCosts, rank_replicas
 from chameleon_ray.sim.workload import SimRequest
 
 
@@ -14,6 +15,8 @@ class Hints:
     """What a router knows: membership and requests in flight of its own, tiers and loads as last heard of.
 
     holders: adapter digest -> {replica id: tier}, for copies in host or GPU memory. table: as ``policy`` keeps it.
+    Every replica has all adapters on disk, as in the product after a load, and says so with its first report; a replica
+    that has not reported yet is not known to have any.
     """
 
     def __init__(self) -> None:
@@ -55,22 +58,28 @@ class Hints:
         if index in self._members:
             self._put(index)
 
-    def report(self, index: int, load: ReplicaLoad, in_flight: int) -> None:
-        """A replica's load is heard of, as it was with so many requests in flight."""
+    def report(self, index: int, load: ReplicaLoad) -> None:
+        """A replica's load is heard of."""
         if index in self._members:
-            self._loads[index] = load, in_flight
+            self._loads[index] = load, self.in_flight[index]
             self._put(index)
 
     def set_tier(self, digest: str, index: int, tier: Tier) -> None:
-        """A replica holds the adapter there now; DISK and below is as good as nowhere."""
+        """A replica holds the adapter there now."""
         if tier >= Tier.HOST and index in self._members:
             self.holders[digest][self._names[index]] = tier
         else:
             self.holders[digest].pop(self._names[index], None)
 
+    def held_by(self, index: int) -> dict[str, Tier]:
+        """Adapter digest -> tier, of those that the replica is taken to have in host or GPU memory."""
+        replica_id = self._names[index]
+        return {digest: tiers[replica_id] for digest, tiers in self.holders.items() if replica_id in tiers}
+
     def _put(self, index: int) -> None:
         load, at_report = self._loads.get(index, (None, 0))
-        self.table.put(ReplicaView(self._names[index], Tier.DISK, self.in_flight[index], load, at_report))
+        tier = Tier.ABSENT if load is None else Tier.DISK
+        self.table.put(ReplicaView(self._names[index], tier, self.in_flight[index], load, at_report))
 
 
 class Router(ABC):
@@ -130,8 +139,7 @@ class Affinity(Router):
 
     def choose(self, request: SimRequest) -> int:
         holders = self.hints.holders[request.adapter.digest] if request.adapter is not None else {}
-        views = self.hints.table.candidates(request.adapter, holders)
-        decision = rank_replicas(request.adapter, views, self._costs, request.request_id, num_ranked=1)
+        decision = rank_replicas(request.adapter, self.hints.table, holders, self._costs, request.request_id)
         return index_of(decision.replica_ids[0])
 
 

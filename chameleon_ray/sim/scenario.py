@@ -13,11 +13,12 @@ from chameleon_ray.policy.adapter import Adapter, Tier
 from chameleon_ray.policy.cache_types import CacheConfig, CacheStats
 from chameleon_ray.policy.disciplines import DISCIPLINES, QueueOptions
 from chameleon_ray.policy.eviction import POLICIES
-from chameleon_ray.policy.lengths import HistoryPredictor, LengthPredictor, OraclePredictor
+from chameleon_ray.policy.lengths import HistoryPredictor, LengthPredictor
 from chameleon_ray.policy.replica import ReplicaConfig
 from chameleon_ray.policy.sizing import SizingOptions
 from chameleon_ray.sim.costs import CostModel, Count, Positive, load_cost_model
 from chameleon_ray.sim.loop import Event, run
+from chameleon_ray.sim.oracle import OraclePredictor
 from chameleon_ray.sim.replica import EngineMode, Job, SimReplica
 from chameleon_ray.sim.workload import SimRequest, WorkloadConfig, generate, make_adapters
 
@@ -27,6 +28,7 @@ Share = Field(1.0, gt=0, le=1)
 class PolicySettings(BaseModel):
     """scheduling, eviction: names as in the product's configuration. max_adapter_share: of the pool, for adapters.
 
+    adapter_slots: adapters lie outside the pool, so many of them at a time; None: in it.
     predictor_accuracy: share of right length classes told by an oracle; None: the product's online predictor.
     """
 
@@ -35,8 +37,8 @@ class PolicySettings(BaseModel):
     scheduling: str = "chameleon"
     eviction: str = "chameleon"
     prefetch: bool = True
-    histogram_prefetch: bool = False
     max_adapter_share: float = Share
+    adapter_slots: Count | None = None
     size_form: Literal["product", "sum"] = "product"
     k_rule: Literal["elbow", "min_wcss"] = "elbow"
     max_queues: Count = 4
@@ -84,6 +86,12 @@ class Scenario(BaseModel):
     check_every_steps: int = Field(0, ge=0)
 
 
+def _known(time_s: float | None) -> float:
+    """A time of a job that has ended."""
+    assert time_s is not None
+    return time_s
+
+
 @dataclass(frozen=True, slots=True)
 class RunResult:
     """Jobs that arrived after the warm-up, in order of their end, and the run's totals.
@@ -108,17 +116,30 @@ class RunResult:
         """Times to first token of finished requests, in order of their end."""
         return np.array([j.first_token_s - j.request.arrival_s for j in self.jobs if j.first_token_s is not None])
 
+    def finished(self) -> list[Job]:
+        """Jobs that ran to their end."""
+        return [job for job in self.jobs if job.outcome == "finished"]
+
+    def size_thirds(self) -> np.ndarray:
+        """0, 1 or 2 for each of ``finished``: its third of them by true WRS."""
+        done = self.finished()
+        prompts = np.array([job.request.num_prompt_tokens for job in done], float)
+        outputs = np.array([job.request.num_output_tokens for job in done], float)
+        sizes = (0.4 * prompts / prompts.max() + 0.6 * outputs / outputs.max()) * np.array([job.rank for job in done])
+        classes: np.ndarray = np.digitize(sizes, np.quantile(sizes, (1 / 3, 2 / 3)))
+        return classes
+
     def summary(self) -> dict[str, float]:
         """Figures of a run, all in seconds, shares or counts; NaN where there was nothing to measure."""
-        done = [job for job in self.jobs if job.outcome == "finished"]
+        done = self.finished()
         ttfts = self.ttfts_s()
-        e2e = np.array([job.end_s - job.request.arrival_s for job in done])
+        e2e = np.array([_known(job.end_s) - job.request.arrival_s for job in done])
         gaps = [
-            (job.end_s - job.first_token_s) / (job.request.num_output_tokens - 1)
+            (_known(job.end_s) - _known(job.first_token_s)) / (job.request.num_output_tokens - 1)
             for job in done
             if job.request.num_output_tokens > 1
         ]
-        queued = np.array([job.admitted_s - job.request.arrival_s for job in done])
+        queued = np.array([_known(job.admitted_s) - job.request.arrival_s for job in done])
         with_adapter = [job.hit for job in done if job.request.adapter is not None]
         return {
             "requests": len(self.jobs),
@@ -149,24 +170,23 @@ class RunResult:
 
 def replica_config(costs: CostModel, policy: PolicySettings) -> ReplicaConfig:
     """The product's policy objects' configuration for a replica of that kind."""
-    memory = costs.memory
+    memory, shares_kv = costs.memory, policy.adapter_slots is None
     cache = CacheConfig(
-        max_blocks=max(1, int(memory.pool_blocks * policy.max_adapter_share)),
+        max_blocks=policy.adapter_slots or max(1, int(memory.pool_blocks * policy.max_adapter_share)),
         host_bytes=memory.host_bytes,
         policy=policy.eviction,
         prefetch=policy.prefetch,
-        histogram_prefetch=policy.histogram_prefetch,
     )
     queues = QueueOptions(
         total_tokens=costs.pool_tokens,
-        sizing=SizingOptions(memory.kv_bytes_per_token, form=policy.size_form),
+        sizing=SizingOptions(memory.kv_bytes_per_token if shares_kv else None, form=policy.size_form),
         max_running=costs.limits.max_running,
         max_queues=policy.max_queues,
         k_rule=policy.k_rule,
         slo_s=policy.slo_s,
         refresh_s=policy.refresh_s,
     )
-    return ReplicaConfig(cache, queues, policy.scheduling, memory.block_tokens)
+    return ReplicaConfig(cache, queues, policy.scheduling, memory.block_tokens, shares_kv)
 
 
 def make_predictor(policy: PolicySettings, max_model_len: int, seed: int) -> LengthPredictor:

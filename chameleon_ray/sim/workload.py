@@ -217,9 +217,9 @@ def _arrivals(config: WorkloadConfig, trace: list[TraceRow] | None, rng: np.rand
     total = config.requests_per_s * config.duration_s * max(1.0, gain, bursts.factor if bursts else 1.0)
     marks = np.cumsum(rng.exponential(size=int(total + 10 * total**0.5 + 100))) / config.requests_per_s
     if bursts:
-        rounds, rest = np.divmod(marks, period_s * gain)
+        periods, rest = np.divmod(marks, period_s * gain)
         in_burst = np.minimum(rest, bursts.length_s * bursts.factor)
-        marks = rounds * period_s + in_burst / bursts.factor + (rest - in_burst)
+        marks = periods * period_s + in_burst / bursts.factor + (rest - in_burst)
     return marks[marks < config.duration_s]
 
 
@@ -253,4 +253,5 @@ def _choose(mix: AdapterMix, adapters: Sequence[Adapter], times: np.ndarray, rng
 
 def _weights(count: int, popularity: str, exponent: float) -> np.ndarray:
     weights = np.ones(count) if popularity == "uniform" else 1.0 / np.arange(1, count + 1) ** exponent
-    return weights / weights.sum()
+    shares: np.ndarray = weights / weights.sum()
+    return shares

@@ -1,0 +1,1 @@
+"""Reproductions, made from a checkout: not part of the package."""
