@@ -5,31 +5,39 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
-from chameleon_ray.adapters.base_model import BaseModelShapes
+from chameleon_ray.adapters.access import Sources
 from chameleon_ray.adapters.errors import (
-    AdapterChangedError,
     AdapterError,
     AdapterNameError,
     AdapterNotFoundError,
     AdapterSourceError,
 )
+from chameleon_ray.adapters.modules import ModuleTable
 from chameleon_ray.adapters.record import AdapterRecord
-from chameleon_ray.adapters.sources import AdapterSource, LocalSource, local_path, source_for
-from chameleon_ray.adapters.store import AdapterStore
-from chameleon_ray.adapters.validate import AdapterInfo, validate_adapter
-from chameleon_ray.config import AdaptersConfig
+from chameleon_ray.adapters.store import AdapterStore, StoredAdapter
+from chameleon_ray.adapters.validate import (
+    AdapterInfo,
+    Rules,
+    check_fits,
+    foreign_base_warning,
+    read_info,
+    validate_adapter,
+)
+from chameleon_ray.config import AdaptersConfig, ModelConfig
 
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 _MIB, _GIB = 1 << 20, 1 << 30
 _PROGRESS_EVERY = 100
+_T = TypeVar("_T")
 
 
 def check_name(name: str, base_name: str) -> None:
@@ -61,53 +69,90 @@ class ScanResult:
     errors: Mapping[str, AdapterError]
 
 
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """changed: new records, and new versions of known ones; gone: names whose sources have no adapter any more."""
+
+    changed: Sequence[AdapterRecord]
+    gone: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A configured adapter's files. stored: None while the record known before is as good; mark: then of the files and
+    the rules that they were read under."""
+
+    mark: str
+    stored: StoredAdapter | None
+
+
 class AdapterLibrary:
     """Fetching, validation and the node's store behind one door. All methods block; any thread may call them."""
 
-    def __init__(self, config: AdaptersConfig, shapes: BaseModelShapes, base_name: str) -> None:
-        """base_name: the base model's name in the API, which no adapter may have.
+    def __init__(self, config: AdaptersConfig, model: ModelConfig, table: Future[ModuleTable]) -> None:
+        """model: the base model; no adapter may have its name. table: which of its modules take LoRA, once the engine
+        has said so; all methods wait for it, ``scan`` after it has read the files.
 
         Raises AdapterStoreError when the store cannot be opened.
         """
         self._config = config
-        self._shapes = shapes
-        self._base_name = base_name
-        self._roots = _roots(config)
-        self._max_bytes = config.max_adapter_mib * _MIB
+        self._model = model
+        self._table = table
+        self._sources = Sources(config)
+        self._rules = Rules(
+            config.max_rank, config.max_adapter_mib * _MIB, config.check_finite, config.check_effect != "off"
+        )
         self._store = AdapterStore(Path(config.store_dir), int(config.store_max_gib * _GIB))
-        self._rules_mark = _rules_mark(config, shapes)
         self._validated: set[str] = set()
+        self._refreshed: Mapping[str, AdapterRecord] = {}
+        self._modules: dict[tuple[tuple[str, int, int], ...], tuple[tuple[str, int, int], ...]] = {}
 
-    def inspect(self, name: str, uri: str) -> AdapterRecord:
+    def inspect(self, name: str, uri: str, credentials: str | None = None) -> AdapterRecord:
         """A new record for a run-time load: the adapter at ``uri`` is fetched, validated and put in the store.
 
-        Raises AdapterError. The caller gives the record its version.
+        credentials: see ``Sources.find``. Raises AdapterError. The caller gives the record its version.
         """
-        check_name(name, self._base_name)
-        return self._inspect(name, uri, self._fingerprint(uri)).model_copy(update={"origin": "runtime"})
+        check_name(name, self._model.served_name)
+        stored = self._add(uri, credentials, self._validate)
+        return self._record(name, uri, credentials, stored).model_copy(update={"origin": "runtime"})
 
     def scan(self, known: Mapping[str, AdapterRecord]) -> ScanResult:
         """Records of all adapters that the configuration names.
 
-        Adapters whose files have not changed since their ``known`` record keep it, unread. One broken adapter harms no
-        other. Raises AdapterSourceError when the configured folder itself cannot be read.
+        Adapters whose files have not changed since their ``known`` record keep it, unread. All others are read while
+        the engine starts, and compared with its modules then. One broken adapter harms no other. Raises
+        AdapterSourceError when the configured folder itself cannot be read.
         """
         uris, errors = self._configured()
-        records: dict[str, AdapterRecord] = {}
         if uris:
             logger.info("Checking %d adapters", len(uris))
-        with ThreadPoolExecutor(self._config.fetch_concurrency, thread_name_prefix="adapters") as pool:
-            pending = {pool.submit(self._rescan, name, uri, known.get(name)): name for name, uri in uris.items()}
-            for done, future in enumerate(as_completed(pending), start=1):
-                name = pending[future]
-                try:
-                    records[name] = future.result()
-                except AdapterError as error:
-                    errors[name] = error
-                    logger.warning("Adapter %s is not served: %s", name, error)
-                if done % _PROGRESS_EVERY == 0 or done == len(pending):
-                    logger.info("Checked %d of %d adapters, %d unusable", done, len(pending), len(errors))
-        return ScanResult({name: records[name] for name in uris if name in records}, errors)
+        return ScanResult(self._read_all(uris, known, errors), errors)
+
+    def _read_all(
+        self, uris: Mapping[str, str], known: Mapping[str, AdapterRecord], errors: dict[str, AdapterError]
+    ) -> dict[str, AdapterRecord]:
+        read = self._for_each(uris, lambda name: self._read(uris[name], known.get(name)), errors, "Read")
+        self._table.result()
+        records = self._for_each(
+            read, lambda name: self._settle(name, uris[name], read[name], known.get(name)), errors, "Checked"
+        )
+        return {name: records[name] for name in uris if name in records}
+
+    def refresh(self, known: Mapping[str, AdapterRecord]) -> Changes:
+        """What has changed since the ``known`` records were made: of the configured adapters, and of the remote ones
+        that ``adapters.resolve`` has brought. Raises as ``scan``."""
+        uris, errors = self._configured()
+        live = {name: one for name, one in known.items() if one.origin == "config" and not one.deleted}
+        gone = [name for name, one in live.items() if name not in uris and self._is_from_folder(one)]
+        uris |= {name: one.uri for name, one in live.items() if name not in uris and name not in gone}
+        # An operator's unloading holds; what was gone at the last look may be back.
+        uris = {name: uri for name, uri in uris.items() if name not in known or known[name].origin == "config"}
+        # Of the same content, this node's own record knows the files' dates here.
+        mine = {name: one for name, one in self._refreshed.items() if name in live and _same(one, live[name])}
+        self._refreshed = self._read_all(uris, {**known, **mine}, errors)
+        changed = [one for name, one in self._refreshed.items() if name not in live or not _same(one, live[name])]
+        gone += [name for name, error in errors.items() if name in live and isinstance(error, AdapterNotFoundError)]
+        return Changes(changed, gone)
 
     def ensure(self, record: AdapterRecord) -> Path:
         """The folder with the record's files, fetched if they are not in the store, validated either way.
@@ -116,7 +161,11 @@ class AdapterLibrary:
         AdapterChangedError when the source holds other content by now.
         """
         folder = self._store.ensure(
-            record.digest, self._source(record.uri), record.uri, self._validate, max_bytes=self._max_bytes
+            record.digest,
+            self._sources.find(record.uri, record.credentials),
+            record.uri,
+            self._validate,
+            max_bytes=self._rules.max_bytes,
         )
         if record.digest not in self._validated:  # it may have come into the store under other rules
             self._validate(folder)
@@ -137,6 +186,10 @@ class AdapterLibrary:
                         raise
             yield folder
 
+    def forget_others(self, digests: Set[str]) -> None:
+        """Forget what was found of all adapters but these. Their files stay until the store needs the room."""
+        self._validated &= digests
+
     def holds(self, digest: str) -> bool:
         """Whether the adapter's files are on this node."""
         return self._store.path(digest) is not None
@@ -145,43 +198,81 @@ class AdapterLibrary:
         """Digests of all adapters whose files are on this node. Raises AdapterStoreError."""
         return self._store.digests()
 
-    def _rescan(self, name: str, uri: str, known: AdapterRecord | None) -> AdapterRecord:
-        fingerprint = self._fingerprint(uri)
-        if known is not None and not known.deleted and (known.uri, known.fingerprint) == (uri, fingerprint):
-            return known
-        return self._inspect(name, uri, fingerprint)
+    def _for_each(
+        self, names: Iterable[str], work: Callable[[str], _T], errors: dict[str, AdapterError], verb: str
+    ) -> dict[str, _T]:
+        """What ``work`` returns for each name; the others go to ``errors``."""
+        done: dict[str, _T] = {}
+        with ThreadPoolExecutor(self._config.fetch_concurrency, thread_name_prefix="adapters") as pool:
+            pending = {pool.submit(work, name): name for name in names}
+            for count, future in enumerate(as_completed(pending), start=1):
+                name = pending[future]
+                try:
+                    done[name] = future.result()
+                except AdapterError as error:
+                    errors[name] = error
+                    logger.warning("Adapter %s is not served: %s", name, error)
+                if count % _PROGRESS_EVERY == 0 or count == len(pending):
+                    logger.info("%s %d of %d adapters, %d unusable", verb, count, len(pending), len(errors))
+        return done
 
-    def _inspect(self, name: str, uri: str, fingerprint: str) -> AdapterRecord:
-        stored = self._store.add(self._source(uri), uri, self._validate, max_bytes=self._max_bytes)
+    def _read(self, uri: str, known: AdapterRecord | None) -> _Read:
+        """The first half of a scan, which needs no module table."""
+        credentials = _credentials(uri, known)
+        if known is not None and not known.deleted and known.uri == uri:
+            mark = self._mark(self._sources.find(uri, credentials).fingerprint(uri))
+            if known.fingerprint.startswith(f"{mark}:"):
+                return _Read(mark, None)
+        return _Read("", self._add(uri, credentials, self._read_info))
+
+    def _settle(self, name: str, uri: str, read: _Read, known: AdapterRecord | None) -> AdapterRecord:
+        """The second half: the record, once the adapter fits the engine's modules."""
+        stored, credentials = read.stored, _credentials(uri, known)
+        if stored is None:
+            if known is not None and known.fingerprint == f"{read.mark}:{self._table.result().mark}":
+                return known
+            stored = self._add(uri, credentials, self._read_info)  # The base model has changed.
+        check_fits(stored.info.modules, stored.info.targets, self._table.result())
+        return self._record(name, uri, credentials, stored)
+
+    def _add(self, uri: str, credentials: str | None, validator: Callable[[Path], AdapterInfo]) -> StoredAdapter:
+        source = self._sources.find(uri, credentials)
+        return self._store.add(source, uri, validator, max_bytes=self._rules.max_bytes)
+
+    def _record(self, name: str, uri: str, credentials: str | None, stored: StoredAdapter) -> AdapterRecord:
         self._validated.add(stored.digest)
-        if self._fingerprint(uri) != fingerprint:  # what was read may be half old, half new
-            raise AdapterChangedError(
-                f"the files at {uri!r} changed while they were read: load it again when they are complete"
-            )
+        info = stored.info
+        foreign = foreign_base_warning(info.base_model, (self._model.served_name, self._model.source))
         return AdapterRecord(
             name=name,
             digest=stored.digest,
             uri=uri,
-            rank=stored.info.rank,
-            size_bytes=stored.info.size_bytes,
-            base_model=stored.info.base_model,
-            fingerprint=fingerprint,
+            credentials=credentials,
+            rank=info.rank,
+            size_bytes=info.size_bytes,
+            base_model=info.base_model,
+            warnings=info.warnings if foreign is None else (*info.warnings, foreign),
+            fingerprint=f"{self._mark(stored.mark)}:{self._table.result().mark}",
         )
 
-    def _fingerprint(self, uri: str) -> str:
-        return f"{self._source(uri).fingerprint(uri)}:{self._rules_mark}"
-
-    def _source(self, uri: str) -> AdapterSource:
-        return source_for(uri, self._roots)
+    def _mark(self, fingerprint: str) -> str:
+        """Changes with the files at a source and with the rules that they are read under; with the table's mark behind
+        it, it is a record's fingerprint, so that no record outlives what it was checked against."""
+        served = [self._model.served_name, self._model.source]
+        rules = hashlib.sha256(json.dumps([*astuple(self._rules), *served]).encode()).hexdigest()[:16]
+        return f"{fingerprint}:{rules}"
 
     def _validate(self, folder: Path) -> AdapterInfo:
-        return validate_adapter(
-            folder,
-            self._shapes,
-            max_rank=self._config.max_rank,
-            max_bytes=self._max_bytes,
-            check_finite=self._config.check_finite,
-        )
+        return validate_adapter(folder, self._table.result(), self._rules)
+
+    def _read_info(self, folder: Path) -> AdapterInfo:
+        info = read_info(folder, self._rules)
+        # Thousands of adapters, all with the same modules: keep one list of them.
+        return replace(info, modules=self._modules.setdefault(info.modules, info.modules))
+
+    def _is_from_folder(self, record: AdapterRecord) -> bool:
+        folder = self._config.folder
+        return folder is not None and Path(record.uri).parent == Path(folder).expanduser().absolute()
 
     def _configured(self) -> tuple[dict[str, str], dict[str, AdapterError]]:
         """URIs by name, from the folder and the list, and the names that cannot be served."""
@@ -190,7 +281,7 @@ class AdapterLibrary:
         named = [(entry.name, entry.uri) for entry in self._config.preload]
         for name, uri in [*_folder_adapters(self._config.folder), *named]:
             try:
-                check_name(name, self._base_name)
+                check_name(name, self._model.served_name)
                 if name in uris:
                     raise AdapterNameError(f"two adapters are called {name!r}: {uris[name]} is served, {uri} is not")
             except AdapterNameError as error:
@@ -199,6 +290,15 @@ class AdapterLibrary:
             else:
                 uris[name] = uri
         return uris, errors
+
+
+def _credentials(uri: str, known: AdapterRecord | None) -> str | None:
+    """Those that brought the adapter, where a rule of ``adapters.resolve`` did; else the first rule's."""
+    return known.credentials if known is not None and known.origin == "config" and known.uri == uri else None
+
+
+def _same(one: AdapterRecord, other: AdapterRecord) -> bool:
+    return (one.digest, one.uri) == (other.digest, other.uri)
 
 
 def _folder_adapters(folder: str | None) -> list[tuple[str, str]]:
@@ -211,20 +311,3 @@ def _folder_adapters(folder: str | None) -> list[tuple[str, str]]:
     except OSError as error:
         raise AdapterSourceError(f"adapters.folder {folder} cannot be read: {error.strerror}") from error
     return [(name, str(root / name)) for name in names]
-
-
-def _roots(config: AdaptersConfig) -> list[Path]:
-    """Folders that local adapters may be read from: what the operator configured, and the preloaded adapters' own."""
-    folders = [*config.allowed_roots] if config.folder is None else [config.folder, *config.allowed_roots]
-    roots = [Path(folder).expanduser().absolute() for folder in folders]
-    for entry in config.preload:
-        with suppress(AdapterError):  # the scan reports it
-            if isinstance(source_for(entry.uri, roots), LocalSource) and os.path.isabs(path := local_path(entry.uri)):
-                roots.append(Path(path))
-    return roots
-
-
-def _rules_mark(config: AdaptersConfig, shapes: BaseModelShapes) -> str:
-    """Changes with all that validation depends on, so that no record outlives the rules it was made under."""
-    rules = [config.max_rank, config.max_adapter_mib, config.check_finite, sorted(shapes.modules.items())]
-    return hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:16]

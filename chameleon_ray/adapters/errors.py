@@ -7,11 +7,13 @@ class AdapterError(Exception):
     """Base of all adapter errors.
 
     code: stable identifier for clients and metrics; http_status: what the API answers with. 4xx: the adapter or the
-    request is at fault and trying again does not help; 5xx: a source or the store is unavailable and it may.
+    request is at fault; 5xx: a source, the store or the engine is, and the answer says when to try again.
+    is_permanent: time cannot change it, so that the same content is not tried again.
     """
 
     code: ClassVar[str] = "adapter_error"
     http_status: ClassVar[int] = 400
+    is_permanent: ClassVar[bool] = False
 
 
 class AdapterNameError(AdapterError):
@@ -34,17 +36,33 @@ class AdapterPathNotAllowedError(AdapterError):
     http_status = 403
 
 
+class AdapterDeniedError(AdapterError):
+    """The source refuses the credentials, or asks for some."""
+
+    code = "adapter_source_denied"
+    http_status = 403
+
+
 class AdapterInvalidError(AdapterError):
     """The files are not an adapter that this base model and engine can serve."""
 
     code = "adapter_invalid"
+    is_permanent = True
+
+
+class AdapterModulesUnknownError(AdapterError):
+    """The engine cannot say which modules of its base model take LoRA, so that no adapter can be checked."""
+
+    code = "adapter_modules_unknown"
+    is_permanent = True
 
 
 class AdapterTooLargeError(AdapterError):
-    """Rank or size is over the configured bound."""
+    """Rank or size is over a bound of the configuration or of the engine's memory."""
 
     code = "adapter_too_large"
     http_status = 413
+    is_permanent = True
 
 
 class AdapterChangedError(AdapterError):
@@ -69,7 +87,7 @@ class AdapterStoreError(AdapterError):
 
 
 class AdapterLoadError(AdapterError):
-    """The engine could not load the adapter for a request, although its files had been found valid."""
+    """The engine could not load the adapter this time, although its files had been found valid."""
 
     code = "adapter_load_failed"
     http_status = 503
@@ -79,6 +97,7 @@ class AdapterNoRoomError(AdapterError):
     """The request and its adapter are together larger than the engine's memory."""
 
     code = "adapter_no_room"
+    is_permanent = True
 
 
 class AdapterRetryLaterError(AdapterError):
@@ -89,6 +108,7 @@ class AdapterRetryLaterError(AdapterError):
 
     def __init__(self, failure: AdapterError, retry_after_s: float) -> None:
         super().__init__(failure, retry_after_s)
+        self.failure = failure
         self.code = failure.code  # type: ignore[misc]
         self.http_status = failure.http_status  # type: ignore[misc]
         self.retry_after_s = retry_after_s

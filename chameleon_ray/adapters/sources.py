@@ -1,4 +1,4 @@
-"""Where adapters come from: one class per kind of source, chosen by the URI's scheme.
+"""Where adapters come from: what a source is, and local folders. ``access.py`` chooses the source for a URI.
 
 Local files are read only inside the allowed roots. Paths are checked twice: resolved before anything is opened, so
 that a path outside tells nothing about what is there, and again on the open file descriptor, so that a symlink that
@@ -8,13 +8,14 @@ changes in between cannot lead outside.
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from chameleon_ray.adapters.errors import (
+    AdapterChangedError,
     AdapterInvalidError,
     AdapterNotFoundError,
     AdapterPathNotAllowedError,
@@ -36,18 +37,27 @@ _ABSENT = (FileNotFoundError, NotADirectoryError)
 class AdapterSource(Protocol):
     """A kind of place that holds adapters in PEFT layout. All methods block and raise AdapterError."""
 
+    @property
+    def remembered_as(self) -> str | None:
+        """What the store may know it by: an equal ``fingerprint`` then means equal content, and what a failed fetch
+        leaves in its folder is the beginning for the next. None: neither holds."""
+
     def fingerprint(self, uri: str) -> str:
         """A mark that changes when the files change, without reading them."""
 
-    def fetch(self, uri: str, into: Path, *, max_bytes: int) -> None:
-        """Copies CONFIG_FILE and WEIGHTS_FILE, nothing else, into the existing folder ``into``.
+    def fetch(self, uri: str, into: Path, *, max_bytes: int) -> str:
+        """Copies CONFIG_FILE and WEIGHTS_FILE, nothing else, into the existing folder ``into``; the fingerprint of what
+        it copied.
 
-        AdapterTooLargeError when the weights have more than ``max_bytes``.
+        AdapterTooLargeError when the weights have more than ``max_bytes``, AdapterChangedError when the files changed
+        while they were read.
         """
 
 
 class LocalSource:
     """Plain paths and ``file://`` URIs, inside ``allowed_roots`` only."""
+
+    remembered_as = None
 
     def __init__(self, allowed_roots: Sequence[Path]) -> None:
         self._roots = tuple(os.path.realpath(root) for root in allowed_roots)
@@ -62,12 +72,18 @@ class LocalSource:
                     marks.append(f"{status.st_size}-{status.st_mtime_ns}")
         return ":".join(marks)
 
-    def fetch(self, uri: str, into: Path, *, max_bytes: int) -> None:
+    def fetch(self, uri: str, into: Path, *, max_bytes: int) -> str:
         """See AdapterSource."""
+        mark = self.fingerprint(uri)
         with self._open_folder(uri) as folder:
             for name, limit in ((CONFIG_FILE, MAX_CONFIG_BYTES), (WEIGHTS_FILE, max_bytes)):
                 with self._open_file(folder, name, uri) as file:
                     _copy(file, into / name, limit, uri)
+        if self.fingerprint(uri) != mark:  # what was read may be half old, half new
+            raise AdapterChangedError(
+                f"the files at {uri!r} changed while they were read: load it again when they are complete"
+            )
+        return mark
 
     def _resolve(self, uri: str) -> str:
         path = local_path(uri)
@@ -132,21 +148,15 @@ class LocalSource:
         return descriptor
 
 
-SCHEMES: dict[str, Callable[[Sequence[Path]], AdapterSource]] = {
-    "": LocalSource,
-    "file": LocalSource,
-}
-"""URI scheme -> source, given the allowed roots; "" is a plain path."""
-
-
-def source_for(uri: str, allowed_roots: Sequence[Path]) -> AdapterSource:
-    """The source that knows ``uri``. AdapterInvalidError when its scheme is not supported."""
+def scheme_of(uri: str) -> str:
+    """The URI's scheme in lower case; "" for a plain path."""
     match = _SCHEME.match(uri)
-    scheme = match.group(1).lower() if match else ""
-    if scheme not in SCHEMES:
-        known = ", ".join(f"{name}://" for name in SCHEMES if name)
-        raise AdapterInvalidError(f"{uri!r}: {scheme}:// is not supported; use a path or one of {known}")
-    return SCHEMES[scheme](allowed_roots)
+    return match.group(1).lower() if match else ""
+
+
+def shown(uri: str) -> str:
+    """A URI for messages, without what may be secret in it: user, password, query."""
+    return re.sub(r"//[^/]*@", "//…@", uri).partition("?")[0]
 
 
 def local_path(uri: str) -> str:
@@ -173,6 +183,12 @@ def _explain_missing(folder: int, name: str) -> str:
     return f"there is no {name} in this folder"
 
 
+def too_large(name: str, uri: str, max_bytes: int) -> AdapterTooLargeError:
+    """One of an adapter's files is over its bound."""
+    bound = "" if name == CONFIG_FILE else "; the bound is adapters.max_adapter_mib"
+    return AdapterTooLargeError(f"{name} of {uri!r} has more than {max_bytes} bytes{bound}")
+
+
 def _copy(source: int, target: Path, max_bytes: int, uri: str) -> None:
     copied = 0
     try:
@@ -180,10 +196,7 @@ def _copy(source: int, target: Path, max_bytes: int, uri: str) -> None:
             while chunk := _read(source, uri):
                 copied += len(chunk)
                 if copied > max_bytes:
-                    raise AdapterTooLargeError(
-                        f"{target.name} of {uri!r} has more than {max_bytes} bytes"
-                        + ("" if target.name == CONFIG_FILE else "; the bound is adapters.max_adapter_mib")
-                    )
+                    raise too_large(target.name, uri, max_bytes)
                 out.write(chunk)
             out.flush()
             os.fsync(out.fileno())

@@ -1,9 +1,12 @@
 """The node's adapter store: one folder per content digest, shared by all replica processes of the node.
 
     <dir>/<digest>/{adapter_config.json, adapter_model.safetensors}   an adapter; appears by rename, whole
-    <dir>/.tmp-*/      being fetched; its maker holds an exclusive lock on it
+    <dir>/.tmp-*/      being fetched; its maker holds an exclusive lock on it. What a remote fetch that failed has left
+                       stays for the next one, for a while
     <dir>/.trash-*/    being removed
     <dir>/.locks/XX    one of 256: an exclusive lock while an adapter whose digest begins with XX is fetched
+    <dir>/.locks/uXXX  one of 4,096: the same for adapters from remote places, whose digest nobody knows yet
+    <dir>/.known/*     for each remote place, the fingerprint and the digest of what was there last
     <dir>/.room        an exclusive lock while room is made and an adapter is put in place
 
 Locks are ``flock`` (they end with their process). Whoever uses an adapter holds a shared lock on its folder, and only a
@@ -18,13 +21,14 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from chameleon_ray.adapters.errors import (
     AdapterChangedError,
     AdapterNotFoundError,
+    AdapterSourceError,
     AdapterStoreError,
     AdapterTooLargeError,
 )
@@ -39,6 +43,10 @@ Validator = Callable[[Path], AdapterInfo]
 _TEMP, _TRASH = ".tmp-", ".trash-"
 _NEW_FOLDER_S = 60.0
 """A temporary folder younger than this is left alone: its maker may not have locked it yet."""
+_PARTIAL_S = 3600.0
+"""So long, what a failed fetch has left may be the beginning of the next one."""
+_PARTIAL_SHARE = 8
+"""All of that together takes at most this part of the store's bound."""
 _SETTLED_NS = 2_000_000_000
 """File systems date changes in steps: until so long after a folder's latest change there may be another of its date."""
 
@@ -50,6 +58,8 @@ class StoredAdapter:
     digest: str
     folder: Path
     info: AdapterInfo
+    mark: str
+    """The source's fingerprint of it."""
 
 
 class AdapterStore:
@@ -63,7 +73,8 @@ class AdapterStore:
         self._max_bytes = max_bytes
         self._listed: tuple[int, frozenset[str]] = (-1, frozenset())
         with _store_errors(self._folder):
-            (self._folder / ".locks").mkdir(parents=True, exist_ok=True)
+            for name in (".locks", ".known"):
+                (self._folder / name).mkdir(parents=True, exist_ok=True)
             self._clean_up()
 
     def path(self, digest: str) -> Path | None:
@@ -95,16 +106,23 @@ class AdapterStore:
         Raises what ``source`` and ``validator`` raise, AdapterTooLargeError over ``max_bytes`` of weights,
         AdapterChangedError when ``digest`` is given and the content is another, AdapterStoreError.
         """
-        with _store_errors(self._folder), self._temporary_folder() as temp:
-            source.fetch(uri, temp, max_bytes=min(max_bytes, self._max_bytes))
+        with _store_errors(self._folder), ExitStack() as stack:
+            place = source.remembered_as
+            key = None if place is None else hashlib.sha256(place.encode()).hexdigest()
+            if key is not None:
+                stack.enter_context(_locked_file(self._folder / ".locks" / f"u{key[:3]}"))
+                if (known := self._known(key, source, uri, validator)) is not None:
+                    _check_digest(known.digest, digest, uri)
+                    return known
+            temp = stack.enter_context(self._temporary_folder(key))
+            mark = source.fetch(uri, temp, max_bytes=min(max_bytes, self._max_bytes))
             found = content_digest(temp)
-            if digest is not None and found != digest:
-                raise AdapterChangedError(
-                    f"the adapter at {uri!r} is no longer the one that was loaded (its content changed): "
-                    "load it again with load_inplace to serve the new content"
-                )
+            _check_digest(found, digest, uri)
             info = validator(temp)
-            return StoredAdapter(found, self._put_in_place(temp, found), info)
+            added = StoredAdapter(found, self._put_in_place(temp, found), info, mark)
+            if key is not None:
+                _write(self._folder / ".known" / key, f"{found} {mark}")
+            return added
 
     def ensure(self, digest: str, source: AdapterSource, uri: str, validator: Validator, *, max_bytes: int) -> Path:
         """The folder of ``digest``, fetched from ``uri`` if it is not here; concurrent callers fetch it once.
@@ -135,17 +153,58 @@ class AdapterStore:
         """Bytes of all adapters in the store."""
         return sum(size for _, size, _ in self._entries())
 
+    def _known(self, key: str, source: AdapterSource, uri: str, validator: Validator) -> StoredAdapter | None:
+        """What is at a remote place, when it is in the store already."""
+        try:
+            digest, _, known_mark = (self._folder / ".known" / key).read_text().partition(" ")
+        except FileNotFoundError:
+            return None
+        if self.path(digest) is not None and source.fingerprint(uri) == known_mark:
+            with ExitStack() as stack:
+                try:
+                    folder = stack.enter_context(self.use(digest))
+                except AdapterNotFoundError:  # evicted in between
+                    return None
+                return StoredAdapter(digest, folder, validator(folder), known_mark)
+        return None
+
     @contextmanager
-    def _temporary_folder(self) -> Iterator[Path]:
-        temp = Path(tempfile.mkdtemp(prefix=_TEMP, dir=self._folder))
+    def _temporary_folder(self, key: str | None) -> Iterator[Path]:
+        """A new folder; for a remote place (``key``) the one that a failed fetch may have left."""
+        if key is None:
+            temp = Path(tempfile.mkdtemp(prefix=_TEMP, dir=self._folder))
+        else:
+            temp = self._folder / f"{_TEMP}{key}"
+            temp.mkdir(exist_ok=True)
+            os.utime(temp)  # so that it is not too old to be kept
         descriptor = _lock_folder(temp, fcntl.LOCK_EX)
         if descriptor is None:
             raise AdapterStoreError(f"{temp} was removed by somebody else; check adapters.store_dir")
+        keep = False
         try:
             yield temp
+        except AdapterSourceError:
+            keep = key is not None
+            raise
         finally:
-            shutil.rmtree(temp, ignore_errors=True)  # gone already when it was put in place
+            if not keep:
+                shutil.rmtree(temp, ignore_errors=True)  # gone already when it was put in place
             os.close(descriptor)
+            if keep:
+                self._drop_partial()
+
+    def _drop_partial(self) -> None:
+        """Removes what failed fetches have left: all that is old, and the oldest until the rest is small enough."""
+        left = []
+        for path in self._folder.glob(f"{_TEMP}*"):
+            with suppress(FileNotFoundError):  # others work here
+                left.append((path.stat().st_mtime, _folder_bytes(path), path))
+        used = sum(size for _, size, _ in left)
+        for used_at, size, path in sorted(left):
+            if used * _PARTIAL_SHARE <= self._max_bytes and time.time() - used_at < _PARTIAL_S:
+                return
+            if _remove_unlocked(path):
+                used -= size
 
     def _put_in_place(self, temp: Path, digest: str) -> Path:
         target = self._folder / digest
@@ -203,12 +262,22 @@ class AdapterStore:
             if not entry.name.startswith((_TEMP, _TRASH)):
                 continue
             with suppress(FileNotFoundError):
-                if entry.name.startswith(_TEMP) and time.time() - entry.stat().st_mtime < _NEW_FOLDER_S:
-                    continue
-                descriptor = _lock_folder(Path(entry.path), fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if descriptor is not None:
-                    shutil.rmtree(entry.path, ignore_errors=True)
-                    os.close(descriptor)
+                is_remote = DIGEST.fullmatch(entry.name.removeprefix(_TEMP))
+                young_s = 0.0 if entry.name.startswith(_TRASH) else _PARTIAL_S if is_remote else _NEW_FOLDER_S
+                if time.time() - entry.stat().st_mtime >= young_s:
+                    _remove_unlocked(Path(entry.path))
+        for note in os.scandir(self._folder / ".known"):
+            with suppress(FileNotFoundError):
+                if not (self._folder / Path(note.path).read_text().partition(" ")[0]).is_dir():
+                    os.unlink(note.path)
+
+
+def _check_digest(found: str, wanted: str | None, uri: str) -> None:
+    if wanted is not None and found != wanted:
+        raise AdapterChangedError(
+            f"the adapter at {uri!r} is no longer the one that was loaded (its content changed): "
+            "load it again with load_inplace to serve the new content"
+        )
 
 
 def content_digest(folder: Path) -> str:
@@ -249,6 +318,23 @@ def _locked_file(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _remove_unlocked(folder: Path) -> bool:
+    """Whether nobody had it locked, so that it is gone now."""
+    descriptor = _lock_folder(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if descriptor is None:
+        return False
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(descriptor)
+    return True
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    new = path.with_name(f"{path.name}.{os.getpid()}-{time.monotonic_ns()}")
+    new.write_text(text)
+    os.replace(new, path)
 
 
 def _folder_bytes(folder: Path) -> int:

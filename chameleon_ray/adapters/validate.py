@@ -1,212 +1,178 @@
-"""Is this folder an adapter that vLLM can serve on this base model? Answered without torch and without loading weights.
+"""Is this folder an adapter that the engine can serve on its base model? Answered without torch.
 
-What passes here also loads in vLLM 0.30 (vllm/lora/peft_helper.py, lora_model.py), which is stricter in some places and
-far more trusting in others: it ignores modules that the base model does not have, variants of LoRA that it does not
-compute, and NaN.
+``read_info`` answers what the files alone can tell, ``check_fits`` the rest, once the engine has said which modules
+there are. vLLM's own loader (vllm/lora/peft_helper.py, lora_model.py) is far more trusting: it ignores modules that the
+base model does not have, variants of LoRA that it does not compute, ranks and scales that differ, and NaN.
 """
 
-import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
 
-from chameleon_ray.adapters.base_model import BaseModelShapes
+from chameleon_ray.adapters.checkpoint import Checkpoint, LoraPair, read_checkpoint
 from chameleon_ray.adapters.errors import AdapterInvalidError, AdapterTooLargeError
-from chameleon_ray.adapters.safetensors_header import HeaderError, TensorEntry, read_header
-from chameleon_ray.adapters.sources import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FILE
+from chameleon_ray.adapters.modules import ModuleTable
+from chameleon_ray.adapters.safetensors_header import TensorEntry
+from chameleon_ray.adapters.sources import WEIGHTS_FILE
 
-_UNSUPPORTED = {  # options of PEFT's LoraConfig that change what the adapter computes -> what to do instead
-    "use_dora": "train without DoRA",
-    "use_qalora": "train without QALoRA",
-    "use_bdlora": "train without BD-LoRA",
-    "kasa_config": "train without KaSA",
-    "monteclora_config": "train without MonteCLoRA",
-    "arrow_config": "train without Arrow routing",
-    "alora_invocation_tokens": "train a plain LoRA instead of an activated one",
-    "lora_bias": "train with lora_bias=False",
-    "modules_to_save": "train without fully trained modules",
-    "trainable_token_indices": "train without trainable tokens",
-    "target_parameters": "target modules instead of parameters",
-    "layer_replication": "train without replicated layers",
-    "rank_pattern": "train with one rank for all modules",
-    "alpha_pattern": "train with one lora_alpha for all modules",
-}
-_INIT_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
-_EXPONENT_BITS = {"F32": (np.uint32, 0x7F800000), "F16": (np.uint16, 0x7C00), "BF16": (np.uint16, 0x7F80)}
-"""dtype -> how to look at it as integers, and the exponent bits that are all set in an infinity and in a NaN."""
+_BITS = {"F32": (np.uint32, 0x7FFFFFFF, 0x7F800000), "F16": (np.uint16, 0x7FFF, 0x7C00)}
+_BITS |= {"BF16": (np.uint16, 0x7FFF, 0x7F80)}
+"""dtype -> how to look at it as integers, the mask of all but the sign, and infinity: what is larger is a NaN."""
 _CHUNK_BYTES = 4 << 20
+_HUB_CACHE = re.compile(r"models--([^/]+)/snapshots/")
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What is accepted: ``adapters.max_rank``, ``max_adapter_mib`` in bytes, ``check_finite``, and whether adapters
+    that change nothing are refused (``check_effect``)."""
+
+    max_rank: int
+    max_bytes: int
+    check_finite: bool = True
+    check_effect: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterInfo:
-    """What validation learnt: rank r, bytes of the weights file, the base model its PEFT configuration names, and the
-    last parts of the modules it changes, sorted."""
+    """What the files tell.
+
+    rank: the largest. size_bytes: of the weights file. base_model: the one that its PEFT configuration names.
+    modules: (name in checkpoints, out_features, in_features), sorted. targets: see ``LoraConfig``.
+    """
 
     rank: int
     size_bytes: int
     base_model: str
-    target_modules: tuple[str, ...]
+    warnings: tuple[str, ...]
+    modules: tuple[tuple[str, int, int], ...]
+    targets: tuple[str, ...]
 
 
-def validate_adapter(
-    folder: Path, shapes: BaseModelShapes, *, max_rank: int, max_bytes: int, check_finite: bool
-) -> AdapterInfo:
-    """Checks CONFIG_FILE and WEIGHTS_FILE in ``folder``; ``check_finite`` reads all weights, the rest only headers.
+def validate_adapter(folder: Path, table: ModuleTable, rules: Rules) -> AdapterInfo:
+    """``read_info`` and ``check_fits`` in one."""
+    info = read_info(folder, rules)
+    check_fits(info.modules, info.targets, table)
+    return info
+
+
+def read_info(folder: Path, rules: Rules) -> AdapterInfo:
+    """Checks the two files in ``folder`` by themselves. Reads all weights with ``check_finite``, a few for the effect
+    alone, else only headers.
 
     Raises AdapterInvalidError or AdapterTooLargeError. The files must not change meanwhile (a private copy).
     """
-    config = _read_config(folder / CONFIG_FILE)
-    rank = _check_config(config)
-    if rank > max_rank:
-        raise AdapterTooLargeError(f"its rank {rank} is over the bound adapters.max_rank = {max_rank}")
     path = folder / WEIGHTS_FILE
     size_bytes = path.stat().st_size
-    if size_bytes > max_bytes:
+    if size_bytes > rules.max_bytes:
         raise AdapterTooLargeError(
-            f"{WEIGHTS_FILE} has {size_bytes} bytes, over adapters.max_adapter_mib ({max_bytes} bytes)"
+            f"{WEIGHTS_FILE} has {size_bytes} bytes, over adapters.max_adapter_mib ({rules.max_bytes} bytes)"
         )
-    tensors = _read_tensors(path)
-    modules = _pair_up(tensors)
-    for module, (a, b) in modules.items():
-        _check_shapes(module, a, b, rank, shapes)
-    _check_complete(modules, config, shapes)
-    if check_finite:
-        _check_finite(path, tensors)
+    checkpoint = read_checkpoint(folder)
+    if checkpoint.rank > rules.max_rank:
+        raise AdapterTooLargeError(f"its rank {checkpoint.rank} is over the bound adapters.max_rank = {rules.max_rank}")
+    if rules.check_finite or rules.check_effect:
+        _check_weights(path, checkpoint, rules)
     return AdapterInfo(
-        rank=rank,
+        rank=checkpoint.rank,
         size_bytes=size_bytes,
-        base_model=str(config.get("base_model_name_or_path") or ""),
-        target_modules=tuple(sorted({module.rsplit(".", 1)[-1] for module in modules})),
+        base_model=checkpoint.config.base_model,
+        warnings=checkpoint.config.warnings,
+        modules=checkpoint.modules,
+        targets=checkpoint.config.targets,
     )
+
+
+def check_fits(modules: Sequence[tuple[str, int, int]], targets: tuple[str, ...], table: ModuleTable) -> None:
+    """Raises AdapterInvalidError unless each of an adapter's modules is one of the table's, of the same shape, and none
+    of the targets is missing. modules, targets: see ``AdapterInfo``."""
+    found: dict[str, str] = {}
+    for name, out_features, in_features in modules:
+        engine_name = table.find(name)
+        if engine_name in found:
+            _bad(f"{WEIGHTS_FILE}: {found[engine_name]!r} and {name!r} are the same module")
+        found[engine_name] = name
+        module = table.modules[engine_name]
+        if (out_features, in_features) != (module.out_features, module.in_features):
+            _bad(
+                f"{name!r} of the adapter is for {in_features} inputs and {out_features} outputs, the base model's has "
+                f"{module.in_features} and {module.out_features}: was the adapter made for another base model?"
+            )
+    suffixes = tuple(f".{target}" for target in targets)
+    for engine_name, module in table.modules.items():
+        # Fused experts have no modules that PEFT could have adapted, though the files name their weights so.
+        if f".{module.name}".endswith(suffixes) and engine_name not in found and ".experts." not in engine_name:
+            _bad(
+                f"{WEIGHTS_FILE}: target module {module.name!r} has no weights: the adapter is incomplete, save it "
+                "again"
+            )
+
+
+def foreign_base_warning(base_model: str, served: tuple[str, ...]) -> str | None:
+    """A warning when an adapter names a base model that is none of the ``served`` names, folders or hub ids; only their
+    last parts are compared, and the name in a hub cache's path."""
+    if not base_model or _last_part(base_model) in {_last_part(name) for name in served}:
+        return None
+    return f"it names the base model {base_model!r}, this is {served[0]!r}: its shapes fit, but was it trained on it?"
+
+
+def _last_part(name: str) -> str:
+    cached = _HUB_CACHE.search(name)
+    return (cached.group(1).rsplit("--", 1)[-1] if cached else name.rstrip("/").rsplit("/", 1)[-1]).lower()
 
 
 def _bad(message: str) -> NoReturn:
     raise AdapterInvalidError(message)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise AdapterTooLargeError(f"{CONFIG_FILE} has more than {MAX_CONFIG_BYTES} bytes: is it a PEFT configuration?")
-    try:
-        config = json.loads(path.read_bytes().decode())
-    except (ValueError, RecursionError) as error:
-        _bad(f"{CONFIG_FILE} is not JSON ({error}): save the adapter again with PEFT's save_pretrained")
-    if not isinstance(config, dict):
-        _bad(f"{CONFIG_FILE} is not a JSON object: save the adapter again with PEFT's save_pretrained")
-    return config
-
-
-def _check_config(config: Mapping[str, Any]) -> int:
-    """Returns the rank."""
-    if config.get("peft_type") != "LORA":
-        _bad(f"{CONFIG_FILE}: peft_type is {config.get('peft_type')!r}; only LORA adapters are served")
-    rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
-    if type(rank) is not int or rank <= 0:
-        _bad(f"{CONFIG_FILE}: r must be a positive integer, not {rank!r}")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) < 1e9:
-        _bad(f"{CONFIG_FILE}: lora_alpha must be a number, not {alpha!r}")
-    is_list = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
-    if not (is_list or isinstance(targets, str)) or not targets:
-        _bad(f"{CONFIG_FILE}: target_modules must be a list of module names or a pattern, not {targets!r}")
-    if config.get("bias", "none") != "none":
-        _bad(f"{CONFIG_FILE}: bias {config['bias']!r} is not supported: train with bias='none'")
-    if not isinstance(config.get("use_rslora", False), bool):
-        _bad(f"{CONFIG_FILE}: use_rslora must be true or false")
-    for option, advice in _UNSUPPORTED.items():
-        if config.get(option):
-            _bad(f"{CONFIG_FILE}: {option} is not supported: {advice}")
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.startswith(_INIT_CHANGES_BASE):
-        _bad(
-            f"{CONFIG_FILE}: init_lora_weights {init!r} belongs to a changed base model: convert it to a plain LoRA "
-            "with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-        )
-    return rank
-
-
-def _read_tensors(path: Path) -> dict[str, TensorEntry]:
-    try:
-        tensors = read_header(path)
-        with safe_open(path, framework="numpy"):  # the reader that vLLM uses must agree
-            pass
-    except (HeaderError, SafetensorError) as error:
-        _bad(f"{WEIGHTS_FILE} is not a whole safetensors file: {error}. Copy or save the adapter again")
-    if not tensors:
-        _bad(f"{WEIGHTS_FILE} holds no weights: save the adapter again with PEFT's save_pretrained")
-    return tensors
-
-
-def _pair_up(tensors: Mapping[str, TensorEntry]) -> dict[str, tuple[TensorEntry, TensorEntry]]:
-    """Module name (as in the base model) -> its A and B."""
-    halves: dict[str, dict[str, TensorEntry]] = {}
-    for key in sorted(tensors):
-        module, _, half = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
-        if "embed_tokens" in key or "lm_head" in key:
-            _bad(f"{WEIGHTS_FILE}: {key!r}: LoRA on embed_tokens or lm_head is not supported: train without it")
-        if not key.endswith(".weight") or half not in ("lora_A", "lora_B") or not module:
-            _bad(f"{WEIGHTS_FILE}: {key!r} is not the name of a LoRA weight as PEFT saves it (...lora_A.weight)")
-        if tensors[key].dtype not in _EXPONENT_BITS:
-            _bad(f"{WEIGHTS_FILE}: {key!r} is {tensors[key].dtype}; float32, float16 and bfloat16 are supported")
-        if half in halves.setdefault(module, {}):
-            _bad(f"{WEIGHTS_FILE}: {module!r} has two {half} weights")
-        halves[module][half] = tensors[key]
-    for module, found in halves.items():
-        if len(found) != 2:
-            missing = "lora_B" if "lora_A" in found else "lora_A"
-            _bad(f"{WEIGHTS_FILE}: {module!r} has no {missing} weight: the adapter is incomplete, save it again")
-    return {module: (found["lora_A"], found["lora_B"]) for module, found in halves.items()}
-
-
-def _check_shapes(module: str, a: TensorEntry, b: TensorEntry, rank: int, shapes: BaseModelShapes) -> None:
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != rank or b.shape[1] != rank:
-        _bad(
-            f"{WEIGHTS_FILE}: {module!r} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, not rank {rank} as "
-            f"{CONFIG_FILE} says"
-        )
-    if not shapes.modules:
-        return
-    expected = shapes.modules.get(module)
-    if expected is None:
-        _bad(f"the base model has no module {module!r}: was the adapter made for another base model?")
-    if (b.shape[0], a.shape[1]) != expected:
-        _bad(
-            f"{module!r} of the adapter is for {a.shape[1]} inputs and {b.shape[0]} outputs, the base model's has "
-            f"{expected[1]} and {expected[0]}: was the adapter made for another base model?"
-        )
-
-
-def _check_complete(modules: Mapping[str, Any], config: Mapping[str, Any], shapes: BaseModelShapes) -> None:
-    """Every module of the base model that the configuration targets has weights."""
-    targets = config["target_modules"]
-    narrowed = any(config.get(key) for key in ("layers_to_transform", "layers_pattern", "exclude_modules"))
-    if isinstance(targets, str) or narrowed:
-        return
-    suffixes = tuple(f".{target}" for target in targets)
-    for module in shapes.modules:
-        # Fused experts have no modules that PEFT could have adapted, though the files name their weights so.
-        if f".{module}".endswith(suffixes) and module not in modules and ".experts." not in module:
-            _bad(f"{WEIGHTS_FILE}: target module {module!r} has no weights: the adapter is incomplete, save it again")
-
-
-def _check_finite(path: Path, tensors: Mapping[str, TensorEntry]) -> None:
+def _check_weights(path: Path, checkpoint: Checkpoint, rules: Rules) -> None:
+    """One pass for both checks; without ``check_finite`` it ends with the first module that has an effect."""
     buffer = bytearray(_CHUNK_BYTES)
+    has_effect = False
     with open(path, "rb", buffering=0) as file:
-        for key, entry in tensors.items():
-            integer, exponent = _EXPONENT_BITS[entry.dtype]
-            file.seek(entry.start)
-            left = entry.end - entry.start
-            while left:
-                count = file.readinto(memoryview(buffer)[: min(left, _CHUNK_BYTES)])
-                count -= count % np.dtype(integer).itemsize
-                if not count:
-                    _bad(f"{WEIGHTS_FILE} is truncated")
-                file.seek(entry.end - left + count)
-                values: npt.NDArray[Any] = np.frombuffer(buffer, integer, count // np.dtype(integer).itemsize)
-                if bool(np.any((values & integer(exponent)) == exponent)):
-                    _bad(f"{WEIGHTS_FILE}: {key!r} holds NaN or infinite weights: the training diverged, train again")
-                left -= count
+        for name, pair in checkpoint.pairs.items():
+            nonzero = [_scan(file, name, entry, buffer, rules.check_finite) for entry in (pair.a, pair.b)]
+            has_effect = has_effect or (all(nonzero) and pair.scale != 0)
+            if has_effect and not rules.check_finite:
+                return
+    if rules.check_effect and not has_effect:
+        _bad(
+            f"{WEIGHTS_FILE}: it changes nothing ({_explain_nothing(checkpoint.pairs.values())}): its answers would be "
+            "the base model's. Save it after training, or set adapters.check_effect: off"
+        )
+
+
+def _explain_nothing(pairs: Iterable[LoraPair]) -> str:
+    return "lora_alpha is 0" if all(pair.scale == 0 for pair in pairs) else "lora_A or lora_B is zero in every module"
+
+
+def _scan(file: BinaryIO, name: str, entry: TensorEntry, buffer: bytearray, whole: bool) -> bool:
+    """Whether any weight is not zero; ends there unless ``whole``. Raises AdapterInvalidError for one not finite."""
+    mask, infinity = _BITS[entry.dtype][1:]
+    nonzero = False
+    for values in _chunks(file, entry, buffer):
+        largest = int((values & mask).max())
+        if largest >= infinity and whole:
+            _bad(f"{WEIGHTS_FILE}: {name!r} holds NaN or infinite weights: the training diverged, train again")
+        nonzero = nonzero or largest > 0
+        if nonzero and not whole:
+            break
+    return nonzero
+
+
+def _chunks(file: BinaryIO, entry: TensorEntry, buffer: bytearray) -> Iterator[npt.NDArray[Any]]:
+    integer = np.dtype(_BITS[entry.dtype][0])
+    start = entry.start
+    while start < entry.end:
+        file.seek(start)
+        count = file.readinto(memoryview(buffer)[: min(entry.end - start, _CHUNK_BYTES)])  # type: ignore[attr-defined]
+        count -= count % integer.itemsize
+        if not count:
+            _bad(f"{WEIGHTS_FILE} is truncated")
+        yield np.frombuffer(buffer, integer, count // integer.itemsize)
+        start += count
