@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
+from chameleon_ray.progress import NO_PROGRESS, Progress
+
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -74,18 +76,31 @@ class AsgiCall:
         if self._head.done() and not self._head.cancelled():
             self._head.exception()  # retrieved, so that asyncio does not report it once more
 
+    def take_progress(self) -> Progress:
+        """What has been made of the answer since this was last called, where the application says so."""
+        return NO_PROGRESS
+
     async def head(self) -> Head:
         """Status and media type, as soon as the application has sent them."""
         return await self._head
 
-    async def chunks(self, pause_s: Callable[[], float]) -> AsyncIterator[bytes]:
+    async def chunks(self, pause_s: Callable[[], float], max_silence_s: float | None = None) -> AsyncIterator[bytes]:
         """The body. Parts that the application sends within ``pause_s()`` seconds of each other come as one chunk.
 
-        Raises whatever the application raised.
+        max_silence_s: an empty chunk comes when for so long there was none. Raises whatever the application raised.
         """
+        loop = asyncio.get_running_loop()
         while True:
-            await self._news.wait()
+            alarm = None if max_silence_s is None else loop.call_later(max_silence_s, self._news.set)
+            try:
+                await self._news.wait()
+            finally:
+                if alarm is not None:
+                    alarm.cancel()
             self._news.clear()
+            if not self._pending and not self._ended:
+                yield b""
+                continue
             if self._pending:
                 chunk = b"".join(self._pending)
                 self._pending.clear()

@@ -11,10 +11,14 @@ from typing import Any
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.output_processor import RequestOutputCollector
+from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from chameleon_ray.adapters.identity import AdapterId
 from chameleon_ray.engine.refusals import raise_refused
+from chameleon_ray.engine.resuming import continued, recorder, replayed
 from chameleon_ray.policy.lengths import PREDICTED_TOKENS, LengthFeatures
 from chameleon_ray.predictor.encoder import CLIP_CHARACTERS, clip_prompt
 from chameleon_ray.predictor.estimator import EndedOutput, LengthEstimator
@@ -36,10 +40,57 @@ class EstimatingLLM(AsyncLLM):
     ) -> AsyncGenerator[RequestOutput, None]:
         """See ``AsyncLLM.generate``. Raises RequestRefusedError where the scheduler ends the request with a reason."""
         params = _with_prediction(sampling_params, None)
+        if (recording := recorder.get()) is not None:
+            recording.begin(params)
         # Beam search asks for one token at a time: there is nothing to predict.
         if self.estimator is None or params.max_tokens == 1 or not _has_tokens(prompt):
-            return self._or_refused(super().generate(prompt, params, request_id, **options))
+            return self._or_refused(self._recorded(super().generate(prompt, params, request_id, **options)))
         return self._or_refused(self._generate(self.estimator, prompt, params, request_id, **options))
+
+    async def _add_request(
+        self,
+        request: EngineCoreRequest,
+        prompt: str | None,
+        parent_req: ParentRequest | None,
+        index: int,
+        queue: RequestOutputCollector,
+    ) -> None:
+        """See ``AsyncLLM._add_request``. A request with a beginning goes to the engine for its rest only."""
+        recording, states = recorder.get(), self.output_processor.request_states
+        if recording is None or not recording.is_resumable:
+            await super()._add_request(request, prompt, parent_req, index, queue)
+            return
+
+        def live() -> list[int]:
+            state = states.get(request.request_id)
+            return [] if state is None or state.detokenizer is None else state.detokenizer.output_token_ids
+
+        recording.watch(request, live)
+        if not recording.earlier.steps:
+            await super()._add_request(request, prompt, parent_req, index, queue)
+            return
+        rest = None if recording.earlier.has_ended else continued(request, recording.earlier.token_ids)
+        self.check_admission(request_id=request.request_id)
+        self.output_processor.add_request(request, prompt, parent_req, index, queue)
+        state = states[request.request_id]
+        recording.replay = replayed(state, recording.earlier.steps)
+        if rest is None:
+            self.output_processor._finish_request(state)
+            queue.put(recording.replay.pop())
+        else:
+            await self.engine_core.add_request_async(rest)
+
+    @staticmethod
+    async def _recorded(outputs: AsyncGenerator[RequestOutput, None]) -> AsyncGenerator[RequestOutput, None]:
+        """The outputs, those of another engine first, noted by the request's recorder."""
+        recording = recorder.get()
+        async with aclosing(outputs):
+            async for output in outputs:
+                if recording is not None:
+                    for earlier in recording.take_replay():
+                        yield earlier
+                    recording.record(output)
+                yield output
 
     @staticmethod
     async def _or_refused(outputs: AsyncGenerator[RequestOutput, None]) -> AsyncGenerator[RequestOutput, None]:
@@ -59,8 +110,10 @@ class EstimatingLLM(AsyncLLM):
     ) -> AsyncGenerator[RequestOutput, None]:
         features = self._features(prompt, params, lora_request)
         predicted = await estimator.estimate(features)
-        outputs = super().generate(
-            prompt, _with_prediction(params, predicted), request_id, lora_request=lora_request, **options
+        outputs = self._recorded(
+            super().generate(
+                prompt, _with_prediction(params, predicted), request_id, lora_request=lora_request, **options
+            )
         )
         progress = OutputProgress(params.n, params.output_kind)
         try:

@@ -14,9 +14,10 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from chameleon_ray.config import AppConfig, ConfigError, EngineConfig
+from chameleon_ray.config import AppConfig, ConfigError, EngineConfig, no_effect
 from chameleon_ray.engine.environment import num_engine_processes, usable_cores, worker_spin_s
 from chameleon_ray.engine.paged.options import PagedSettings, paged_arguments
+from chameleon_ray.engine.slots.options import slots_arguments
 from chameleon_ray.engine.spin import EXECUTOR, SETTINGS_KEY
 
 logger = logging.getLogger("ray.serve")
@@ -39,18 +40,20 @@ def resolve_device(engine: EngineConfig) -> str:
 
 
 def resolve_adapter_memory(config: AppConfig) -> AppConfig:
-    """The configuration with ``engine.adapter_memory`` as ``paged`` or ``slots``. Raises ConfigError as
-    ``resolve_device``."""
+    """The configuration with ``engine.adapter_memory`` other than ``auto``. Raises ConfigError as
+    ``resolve_device``, and for an option that has no effect with what ``auto`` has chosen."""
     chosen: str = config.engine.adapter_memory
     if chosen == "auto":
         # docs/adapter_cache.md lists what has not run on a GPU; a wrong answer would be worse than a slow one.
         chosen = "paged" if resolve_device(config.engine) == "cpu" else "slots"
+        if ignored := config.engine.ignored_options(chosen):
+            raise ConfigError(no_effect(ignored, f"auto, which is {chosen} here"))
         logger.info("engine.adapter_memory is auto: %s", chosen)
     return with_adapter_memory(config, chosen)
 
 
 def with_adapter_memory(config: AppConfig, where: str) -> AppConfig:
-    """The configuration with adapters in ``paged`` or ``slots``."""
+    """The configuration with this ``engine.adapter_memory``."""
     return config.model_copy(update={"engine": config.engine.model_copy(update={"adapter_memory": where})})
 
 
@@ -94,10 +97,11 @@ def _own_arguments(config: AppConfig) -> dict[str, Any]:
         "enable_prefix_caching": engine.enable_prefix_caching,
         "enforce_eager": engine.enforce_eager,
         "enable_lora": True,
+        "worker_extension_cls": RESIDENCY_EXTENSION,
         "enable_log_requests": False,
         "disable_fastapi_docs": True,
     }
-    arguments |= _paged(config) if engine.adapter_memory == "paged" else _slots(config)
+    arguments |= {"paged": _paged, "slots": _slots, "stock": _stock}[engine.adapter_memory](config)
     kv_cache_gib = engine.kv_cache_gib
     if kv_cache_gib is None and resolve_device(engine) == "cpu":
         kv_cache_gib = 1.0  # vLLM's own default takes a share of all host memory, for every engine on the machine
@@ -126,32 +130,36 @@ def _spin(config: AppConfig) -> float | None:
     return spin_s
 
 
-def _slots(config: AppConfig) -> dict[str, Any]:
+def _stock(config: AppConfig) -> dict[str, Any]:
     return {
         "max_loras": config.engine.max_loras,
-        "max_cpu_loras": config.engine.max_cpu_loras,
+        "max_cpu_loras": max(config.engine.max_cpu_loras, config.engine.max_loras),
         "max_lora_rank": lora_rank_bound(config.adapters.max_rank),
-        "worker_extension_cls": RESIDENCY_EXTENSION,
     }
 
 
+def _slots(config: AppConfig) -> dict[str, Any]:
+    return slots_arguments(config.engine.max_loras, lora_rank_bound(config.adapters.max_rank), _settings(config))
+
+
 def _paged(config: AppConfig) -> dict[str, Any]:
-    return paged_arguments(
-        PagedSettings(
-            memory_share=config.engine.adapter_memory_share,
-            host_bytes=int(config.engine.adapter_host_gib * GIB),
-            max_rank=config.adapters.max_rank,
-            check_finite=config.adapters.check_finite,
-            retry_after_s=config.adapters.retry_after_s,
-            policy=config.engine.adapter_policy,
-            histogram_prefetch=config.engine.histogram_prefetch,
-            scheduler=config.engine.scheduler,
-            request_size=config.engine.request_size,
-            max_queues=config.engine.scheduler_max_queues,
-            slo_s=config.engine.scheduler_slo_s,
-            refresh_s=config.engine.scheduler_refresh_s,
-            trust_predictions=config.engine.length_predictor != "history",  # EstimatingLLM strips what clients send.
-        )
+    return paged_arguments(_settings(config))
+
+
+def _settings(config: AppConfig) -> PagedSettings:
+    return PagedSettings(
+        memory_share=config.engine.adapter_memory_share,
+        host_bytes=int(config.engine.adapter_host_gib * GIB),
+        max_rank=config.adapters.max_rank,
+        check_finite=False,  # AdapterLibrary has looked at these very files.
+        retry_after_s=config.adapters.retry_after_s,
+        policy=config.engine.adapter_policy,
+        scheduler=config.engine.scheduler,
+        request_size=config.engine.request_size,
+        max_queues=config.engine.scheduler_max_queues,
+        slo_s=config.engine.scheduler_slo_s,
+        refresh_s=config.engine.scheduler_refresh_s,
+        trust_predictions=config.engine.length_predictor != "history",  # EstimatingLLM strips what clients send.
     )
 
 

@@ -7,7 +7,8 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Collection, Iterator, Mapping, Set
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,26 +18,36 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.lora.request import LoRARequest
+from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from chameleon_ray.adapters.errors import AdapterInvalidError
 from chameleon_ray.adapters.identity import AdapterId, AdapterNumbers
+from chameleon_ray.adapters.modules import ModuleTable
 from chameleon_ray.adapters.record import AdapterRecord
-from chameleon_ray.config import AppConfig
+from chameleon_ray.config import AppConfig, no_effect
+from chameleon_ray.engine.configured import first_with_experts
 from chameleon_ray.engine.estimating import EstimatingLLM
+from chameleon_ray.engine.inspection import Inspection, engine_error
+from chameleon_ray.engine.modules import merge_tables
 from chameleon_ray.engine.options import GIB, resolve_adapter_memory, server_args, with_adapter_memory
 from chameleon_ray.engine.paged.messages import told_reason
 from chameleon_ray.engine.paged.options import lift_slot_limits
 from chameleon_ray.engine.paged.scheduler import check_supported
-from chameleon_ray.engine.refusals import EngineCall
-from chameleon_ray.engine.report import PolicyEvents, PolicyReport
+from chameleon_ray.engine.refusals import EngineCall, RequestRefusedError
+from chameleon_ray.engine.report import Activity, PolicyEvents, PolicyReport
+from chameleon_ray.engine.slots import scheduler as slots_scheduler
 from chameleon_ray.engine.stats import LoadStats, RequestRates
 from chameleon_ray.policy.adapter import Tier
-from chameleon_ray.policy.routing import ReplicaLoad
+from chameleon_ray.policy.replica_load import ReplicaLoad
 from chameleon_ray.predictor.estimator import make_estimator
+from chameleon_ray.progress import NO_PROGRESS, Progress
 
 logger = logging.getLogger("ray.serve")
+
+_PROBE_TOKENS, _PROBE_LOGPROBS = 32, 20
+"""Length of the prompt that shows an adapter's effect, and how many log probabilities are compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +59,8 @@ class _Served:
     lora: LoRARequest
 
 
+_INSTEAD = {"paged": "slots", "slots": "stock"}
+"""Kind of ``engine.adapter_memory`` -> the one for models that it cannot serve."""
 _served: ContextVar[_Served | None] = ContextVar("served_adapter", default=None)
 
 
@@ -74,7 +87,8 @@ class _RequestAdapters(Mapping[str, LoRARequest]):
 class EngineServer:
     """Owns the engine of one replica. Create with ``await EngineServer.start(config)``."""
 
-    def __init__(self, config: AppConfig, engine: EstimatingLLM, app: Any, stats: LoadStats):
+    def __init__(self, config: AppConfig, engine: EstimatingLLM, app: Any, stats: LoadStats, module_table: ModuleTable):
+        self.module_table = module_table
         self._config = config
         self._engine = engine
         self._app = app
@@ -90,24 +104,33 @@ class EngineServer:
     async def start(cls, config: AppConfig, stat_loggers: tuple[type[StatLoggerBase], ...] = ()) -> "EngineServer":
         """Start the engine and its serving layer; returns when it can take requests.
 
-        Where adapters cannot live in this model's KV memory they go to vLLM's slots, and the log says why.
+        Where adapters cannot live in this model's KV memory they go to slots, and where these cannot be under our
+        policy vLLM is used as it comes; the log says why.
         """
-        config = resolve_adapter_memory(config)
-        if config.engine.adapter_memory == "slots":
-            return await cls._start(config, stat_loggers)
-        with told_reason() as reason:
-            try:
-                return await cls._start(config, stat_loggers)
-            except Exception:
-                if not (why := reason()):
-                    raise
-        logger.warning("engine.adapter_memory: adapters go to vLLM's slots, not to KV memory: %s", why)
-        return await cls._start(with_adapter_memory(config, "slots"), stat_loggers)
+        chosen, config = config.engine.adapter_memory, resolve_adapter_memory(config)
+        look = chosen == "auto" and config.engine.adapter_memory == "paged"
+        if look and (adapter := await asyncio.to_thread(first_with_experts, config)) is not None:
+            logger.warning("engine.adapter_memory: slots, as KV memory takes no adapters of experts: %s", adapter)
+            config = with_adapter_memory(config, "slots")
+        while (where := config.engine.adapter_memory) in _INSTEAD:
+            with told_reason() as reason:
+                try:
+                    return await cls._start(config, stat_loggers)
+                except Exception:
+                    if not (why := reason()):
+                        raise
+            logger.warning("engine.adapter_memory: %s instead of %s: %s", _INSTEAD[where], where, why)
+            config = with_adapter_memory(config, _INSTEAD[where])
+            if ignored := config.engine.ignored_options(_INSTEAD[where]):
+                logger.warning(no_effect(ignored, _INSTEAD[where]))
+        return await cls._start(config, stat_loggers)
 
     @classmethod
     async def _start(cls, config: AppConfig, stat_loggers: tuple[type[StatLoggerBase], ...]) -> "EngineServer":
         args = server_args(config)
         vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
+        if config.engine.adapter_memory == "slots":
+            slots_scheduler.check_supported(vllm_config)
         if config.engine.adapter_memory == "paged":
             check_supported(vllm_config)
             lift_slot_limits(vllm_config)  # The engine does so itself; here for what vLLM's metrics call ``max_lora``.
@@ -125,7 +148,7 @@ class EngineServer:
         )
         engine.estimator = estimator
         try:
-            if config.engine.adapter_memory == "slots":
+            if config.engine.adapter_memory == "stock":
                 await engine.collective_rpc("correct_slots")
             tasks = await engine.get_supported_tasks()
             app = build_app(args, tasks, engine.model_config)
@@ -134,13 +157,24 @@ class EngineServer:
             models.lora_requests = _RequestAdapters()
             base_name = models.model_name
             models.model_name = lambda lora=None: base_name() if lora is None else _display_name(lora)
-            return cls(config, engine, app, made[0])
+            return cls(config, engine, app, made[0], merge_tables(await engine.collective_rpc("module_table")))
         except BaseException:
             engine.shutdown()
             raise
 
-    def call(self, path: str, body: bytes, model: str, record: AdapterRecord | None, folder: Path | None) -> EngineCall:
+    def call(
+        self,
+        path: str,
+        body: bytes,
+        model: str,
+        record: AdapterRecord | None,
+        folder: Path | None,
+        request_id: str | None = None,
+        earlier: Progress = NO_PROGRESS,
+    ) -> EngineCall:
         """A whole OpenAI request: ``path`` and JSON ``body`` as the client sent them.
+
+        request_id, earlier: see ``EngineCall``.
 
         model: the request's ``model``, as the client wrote it. record, folder: its adapter and where its files lie;
         None for the base model. The caller keeps the files in place until the call has ended.
@@ -150,38 +184,103 @@ class EngineServer:
         else:
             self._rates.record(record.digest, time.monotonic())
             _served.set(_Served(model, record.name, self._lora_request(record, folder)))
-        return EngineCall(self._app, path, body)
+        return EngineCall(self._app, path, body, request_id, earlier)
 
-    async def accept(self, record: AdapterRecord, folder: Path) -> None:
-        """Have the engine load the adapter once by itself, before any request uses it.
+    async def accept(self, record: AdapterRecord, folder: Path, *, whole: bool = False) -> None:
+        """Have the engine inspect the adapter before any request uses it. Raises AdapterError with the engine's reason.
 
-        A load that fails inside a batch would end vLLM's engine (vLLM 11702); here it fails alone. Raises
-        AdapterInvalidError with vLLM's reason.
+        It reads headers and counts blocks; ``whole``: it reads all the weights as well. Stock vLLM loads the adapter,
+        once and by itself: a load that fails inside a batch would end its engine (vLLM 11702).
         """
-        if record.digest in self._accepted:
+        if record.digest in self._accepted and not whole:
             return
-        try:
-            await self._engine.add_lora(self._lora_request(record, folder))
-        except Exception as error:
-            await self._engine.check_health()
-            raise AdapterInvalidError(f"vLLM cannot load adapter {record.name!r}: {error}") from error
+        lora = self._lora_request(record, folder)
+        if self._config.engine.adapter_memory != "stock":
+            core = self._engine.engine_core
+            told = [await core.call_utility_async("inspect_adapter", lora.lora_name, lora.lora_path, whole)]
+        else:
+            told = await self._engine.collective_rpc(
+                "load_adapter", args=(lora.lora_name, lora.lora_int_id, lora.lora_path)
+            )
+        for inspection in (Inspection(**fields) for fields in told):
+            if inspection.code:
+                raise engine_error(inspection.code, inspection.reason)
         self._accepted.add(record.digest)
 
+    @property
+    def known(self) -> Set[str]:
+        """Digests of all adapters that the engine may know."""
+        return self._records.keys()
+
+    async def retire(self, digests: Collection[str]) -> None:
+        """Have the engine forget these of the ``known`` adapters, those in use when their requests have ended.
+
+        Those of which something is left in the engine stay known, as do those that new requests want: ask again.
+        """
+        retired = {digest: self._records.pop(digest) for digest in digests}
+        self._accepted -= retired.keys()
+        left: Collection[str] = retired
+        try:
+            left = await self._forget(list(retired))
+        finally:
+            self._records = {digest: retired[digest] for digest in left} | self._records
+            for digest in retired.keys() - self._records.keys():
+                self._numbers.release(digest)
+                self._rates.forget(digest)
+
+    async def _forget(self, digests: list[str]) -> list[str]:
+        """The digests of which something is left in the engine."""
+        if self._config.engine.adapter_memory != "stock":
+            left: list[str] = await self._engine.engine_core.call_utility_async("retire_adapters", digests)
+            return left
+        for digest in digests:
+            await self._engine.remove_lora(self._numbers.number(digest))
+        return []
+
+    async def check_effect(self, record: AdapterRecord, folder: Path) -> None:
+        """Raises AdapterInvalidError when the engine gives the same logits for a short prompt with an adapter that it
+        has accepted as without. Beside other requests small differences are noise: then it passes."""
+        base = await self._probe(None)
+        if await self._probe(self._lora_request(record, folder)) == base:
+            raise AdapterInvalidError(
+                f"adapter {record.name!r} ({record.id.short}) does not change the answer to a short prompt at all. Was "
+                "it saved before training? To serve it all the same set adapters.check_effect: files"
+            )
+
+    async def _probe(self, lora: LoRARequest | None) -> dict[int, float]:
+        """Log probabilities of the likeliest next tokens after a prompt of tokens from all over the vocabulary."""
+        model = self._engine.model_config
+        vocab_size, most = model.get_vocab_size(), model.max_logprobs
+        length = min(_PROBE_TOKENS, model.max_model_len - 1)
+        prompt = {"prompt_token_ids": [vocab_size * place // length for place in range(length)]}
+        params = SamplingParams(
+            temperature=0.0, max_tokens=1, logprobs=_PROBE_LOGPROBS if most < 0 else min(_PROBE_LOGPROBS, most)
+        )
+        found: dict[int, float] = {}
+        try:
+            async for output in self._engine.generate(prompt, params, f"probe-{uuid.uuid4().hex}", lora_request=lora):
+                for position in output.outputs[0].logprobs or ():
+                    found |= {token: entry.logprob for token, entry in position.items()}
+        except RequestRefusedError as error:
+            raise error.as_adapter_error() from error
+        return found
+
     async def refresh_residency(self) -> None:
-        """Ask the engine's worker what its slots hold; adapters in KV memory are reported by the engine itself."""
-        if self._config.engine.adapter_memory == "paged":
-            self._tiers = {digest: tier for digest, tier in self._stats.adapter_tiers.items() if tier > Tier.DISK}
+        """Ask the engine's worker what its slots hold; where our policy decides that, the engine reports by itself."""
+        if self._config.engine.adapter_memory != "stock":
             return
         answers = await self._engine.collective_rpc("adapter_residency")
         in_gpu, in_host = ([self._numbers.digest(number) for number in numbers] for numbers in answers[0])
-        self._gpu_order = [self._records[digest] for digest in in_gpu if digest is not None]
+        self._gpu_order = [self._records[digest] for digest in in_gpu if digest in self._records]
         tiers = {digest: Tier.HOST for digest in in_host if digest is not None}
         tiers |= {record.digest: Tier.GPU for record in self._gpu_order}
         self._tiers = tiers
 
     @property
     def tiers(self) -> Mapping[str, Tier]:
-        """Adapter digest -> ``Tier.GPU`` or ``Tier.HOST``, as of the last ``refresh_residency``; else not in here."""
+        """Adapter digest -> ``Tier.GPU`` or ``Tier.HOST``; else not in here. Slots: as of ``refresh_residency``."""
+        if self._config.engine.adapter_memory != "stock":
+            return {digest: tier for digest, tier in self._stats.adapter_tiers.items() if tier > Tier.DISK}
         return self._tiers
 
     def load(self) -> ReplicaLoad:
@@ -199,24 +298,20 @@ class EngineServer:
 
     @property
     def adapter_memory(self) -> str:
-        """``paged`` or ``slots``: where adapters are, also where that is not what the configuration asked for."""
+        """``paged``, ``slots`` or ``stock``, also where that is not what the configuration asked for."""
         return self._config.engine.adapter_memory
 
     def policy_report(self) -> tuple[PolicyReport, float] | None:
-        """The policy's state with its age in seconds; None where vLLM's slots are used, or before the first step."""
+        """The policy's state with its age in seconds; None in ``stock``, or before the first step."""
         return None if self._stats.report is None else (self._stats.report, self._stats.report_age_s)
+
+    def activity(self) -> Activity:
+        """What the engine does at present, adapters by name."""
+        return self._stats.activity()
 
     def take_policy_events(self) -> PolicyEvents:
         """What has happened in the policy since the last call."""
         return self._stats.take_events()
-
-    def failures(self) -> Mapping[str, str]:
-        """Adapter digest -> why the engine refuses its requests at present. Without steps there are no reports: what
-        must be over by now is left out."""
-        if self._stats.report_age_s > self._config.adapters.retry_after_s:
-            return {}
-        reasons = self._stats.adapter_failures
-        return {digest: reasons[digest] for digest in self._accepted if digest in reasons}
 
     @property
     def is_dead(self) -> bool:
@@ -242,7 +337,7 @@ class EngineServer:
     def _eviction_cost_s(self) -> float:
         """Seconds of reloading that taking the next slot costs per second of waiting customers: the victim's rate
         within the window times its load time; 0 while a slot is free."""
-        if self._config.engine.adapter_memory == "paged":
+        if self._config.engine.adapter_memory != "stock":
             return self._stats.eviction_cost_s
         if len(self._gpu_order) < self._config.engine.max_loras:
             return 0.0

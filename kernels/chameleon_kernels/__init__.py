@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from chameleon_kernels.batch import BatchSpec, LoraBatch
     from chameleon_kernels.layout import PageTooSmallError, Part, RowPlan, layer_parts, plan_rows
     from chameleon_kernels.ops import apply_lora, cpu_implementation, expand, new_hidden, shrink
-    from chameleon_kernels.rows import AdapterRows, pack
+    from chameleon_kernels.rows import AdapterRows, pack, write_rows
 
 __all__ = [
     "AdapterRows",
@@ -31,13 +31,14 @@ __all__ = [
     "pack",
     "plan_rows",
     "shrink",
+    "write_rows",
 ]
 
 _MODULES = {
     "batch": ("BatchSpec", "LoraBatch"),
     "layout": ("PageTooSmallError", "Part", "RowPlan", "layer_parts", "plan_rows"),
     "ops": ("apply_lora", "cpu_implementation", "expand", "new_hidden", "shrink"),
-    "rows": ("AdapterRows", "pack"),
+    "rows": ("AdapterRows", "pack", "write_rows"),
 }
 
 

@@ -137,11 +137,6 @@ class RowPlan:
             raise ValueError(f"page starts must not be negative, and be multiples of {ALIGNED_ELEMS} elements")
         return np.where(self.page >= 0, starts[self.page] + self.start, -1)
 
-    def runs(self, slice_index: int, side: int, width: int) -> Iterator["Run"]:
-        """Rows of A (side 0) or B (side 1) that lie next to each other, in pages that follow each other in memory."""
-        offsets = self.offsets(np.arange(self.num_pages) * self.page_elems)[slice_index, side]
-        yield from runs(offsets, width, self.piece_elems)
-
 
 @dataclass(frozen=True, slots=True)
 class Run:

@@ -57,8 +57,19 @@ def pack(
             planned = int((offsets[side, 0] >= 0).sum())
             if len(rows) != planned:
                 raise ValueError(f"planned for {planned} rows, got {len(rows)}")
-            for first_row, first_column, view in run_views(offsets[side], rows.shape[1], parts[0].piece_elems, pages):
-                view.copy_(rows[first_row : first_row + len(view), first_column : first_column + view.shape[1]])
+            write_rows(offsets[side], rows, parts[0].piece_elems, pages)
+
+
+def write_rows(
+    offsets: np.ndarray, rows: torch.Tensor, piece_elems: int, memory: torch.Tensor, scale: float = 1.0
+) -> None:
+    """Write `scale * rows`, rounded once, where the first rows of a slice's A or B lie; `offsets` as in `run_views`.
+
+    `rows`: [n, width] of any float dtype, n at most the rows planned; the others keep what they were.
+    """
+    rows = rows.to(torch.promote_types(rows.dtype, memory.dtype))
+    for row, column, view in run_views(offsets[:, : len(rows)], rows.shape[1], piece_elems, memory):
+        torch.mul(rows[row : row + len(view), column : column + view.shape[1]], scale, out=view)
 
 
 def run_views(

@@ -5,7 +5,8 @@ connector and ``additional_config``. In order of a request's life:
 
     options      the settings, the vLLM arguments that switch all this on, and what it cannot serve
     connector    vLLM's hooks on both sides, translation only
-    memory       scheduler process: drives ``policy.cache``, owns the borrowed blocks, says who may run
+    memory       scheduler process: drives ``policy.cache``, owns the adapters' blocks, says who may run
+    storage      which of the pool's blocks are lent to adapters
     queue        the policy's queues in the place of vLLM's waiting queues
     scheduler    vLLM's scheduler with the two above
     messages     what scheduler and workers tell each other with every step

@@ -1,4 +1,4 @@
-"""vLLM's KV connector as the wire between the scheduler's ``AdapterMemory`` and the workers' ``AdapterHost``.
+"""vLLM's KV connector as the wire between the scheduler's ``AdapterMemory`` and the workers' ``WorkerHost``.
 
 No KV is transferred: a connector is vLLM's way to lend blocks out, to send something along with every step, and to hear
 back from all ranks. Translation only.
@@ -16,11 +16,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorWorkerMetadata,
+    SupportsHMA,
 )
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
 
-from chameleon_ray.engine.paged.host import AdapterHost
+from chameleon_ray.engine.paged.host import WorkerHost
 from chameleon_ray.engine.paged.memory import AdapterMemory
 from chameleon_ray.engine.paged.messages import (
     ModelLayout,
@@ -32,6 +33,7 @@ from chameleon_ray.engine.paged.messages import (
 from chameleon_ray.engine.paged.options import EngineLimits, PagedSettings
 from chameleon_ray.engine.paged.prometheus import PolicyPrometheus
 from chameleon_ray.engine.paged.stats import AdapterStats, StatsReporter
+from chameleon_ray.engine.paged.storage import PagedStorage, Storage
 
 if TYPE_CHECKING:
     from vllm.forward_context import ForwardContext
@@ -41,22 +43,35 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-class PagedConnector(KVConnectorBase_V1):
-    """One in the scheduler's process (``memory`` is set), one per worker (``host`` is set)."""
+class PagedConnector(KVConnectorBase_V1, SupportsHMA):
+    """One in the scheduler's process (``memory`` is set), one per worker (``host`` is set).
+
+    ``SupportsHMA``: else vLLM would give every layer of a model with sliding windows a full KV cache for our sake. With
+    it we see that the layers do not share one table, and such a model is served from slots.
+    """
 
     memory: AdapterMemory
-    host: AdapterHost
+    host: WorkerHost[Any, Any]
     kv_caches: dict[str, torch.Tensor]
 
     @tells_starter
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        if len(kv_cache_config.kv_cache_groups) != 1:
-            raise PagedUnsupportedError("its layers do not share one table of KV blocks")
+        self.check_groups(kv_cache_config)
         self.settings = PagedSettings.of(vllm_config)
         self.reserved_blocks: Callable[[], int] = lambda: 0
         """Free blocks that the running batch is about to need; the scheduler's to say."""
         self._limits = EngineLimits.of(vllm_config)
+
+    def check_groups(self, kv_cache_config: KVCacheConfig) -> None:
+        """Raise PagedUnsupportedError for groups of layers with tables of KV blocks of their own."""
+        if len(kv_cache_config.kv_cache_groups) != 1:
+            raise PagedUnsupportedError("its layers do not share one table of KV blocks")
+
+    def make_storage(self, layout: KVConnectorHandshakeMetadata) -> Storage:
+        """Where adapters lie, by what the workers have told."""
+        assert isinstance(layout, ModelLayout)
+        return PagedStorage(layout, self._pool)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -70,8 +85,8 @@ class PagedConnector(KVConnectorBase_V1):
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
         layouts = list(metadata.values())
         layout = layouts[0]
-        assert isinstance(layout, ModelLayout) and all(other == layout for other in layouts), "ranks must agree"
-        self.memory = AdapterMemory(layout, len(layouts), self._pool, self.settings, self._limits)
+        assert all(other == layout for other in layouts), "ranks must agree"
+        self.memory = AdapterMemory(self.make_storage(layout), len(layouts), self._pool, self.settings, self._limits)
         self._reporter = StatsReporter(self.memory)
 
     def on_new_request(self, request: "Request") -> None:
@@ -87,8 +102,15 @@ class PagedConnector(KVConnectorBase_V1):
         self.memory.release(request)
         return False, None
 
+    def request_finished_all_groups(
+        self, request: "Request", block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished(request, [])
+
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
-        return self.memory.end_step(self.reserved_blocks())
+        orders = self.memory.end_step(self.reserved_blocks())
+        orders.has_forward = scheduler_output.total_num_scheduled_tokens > 0
+        return orders
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         if connector_output.kv_connector_worker_meta is not None:
@@ -96,7 +118,7 @@ class PagedConnector(KVConnectorBase_V1):
             self.memory.apply(connector_output.kv_connector_worker_meta)
 
     def has_pending_push_work(self) -> bool:
-        return self.memory.is_busy
+        return self.memory.has_work
 
     def get_kv_connector_stats(self) -> AdapterStats | None:
         return self._reporter.take() if self.role is KVConnectorRole.SCHEDULER else None
@@ -128,7 +150,7 @@ class PagedConnector(KVConnectorBase_V1):
     def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
         orders = self._get_connector_metadata()
         assert isinstance(orders, StepOrders)
-        self._had_forward = forward_context.attn_metadata is not None
+        self._had_forward = orders.has_forward
         self.host.start(orders)
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:

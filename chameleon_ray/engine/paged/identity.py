@@ -10,7 +10,7 @@ import os
 from vllm.lora.request import LoRARequest
 
 from chameleon_ray.adapters.identity import AdapterId
-from chameleon_ray.engine.paged.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from chameleon_ray.adapters.sources import CONFIG_FILE, WEIGHTS_FILE
 
 
 def identify(request: LoRARequest) -> tuple[str, AdapterId]:

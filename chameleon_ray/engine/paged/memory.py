@@ -1,7 +1,7 @@
-"""Scheduler side: the replica's policy on vLLM's requests and block pool.
+"""Scheduler side: the replica's policy on vLLM's requests and on the storage that adapters have.
 
-Decisions are ``policy.replica``'s; this tells it what happens, carries its plans out on the pool and passes orders to
-the workers. Called by the engine's loop alone; reading an adapter's headers has a thread of its own.
+Decisions are ``policy.replica``'s; this tells it what happens, carries its plans out on the storage and passes orders
+to the workers. Called by the engine's loop alone; reading an adapter's headers has a thread of its own.
 """
 
 import time
@@ -15,20 +15,29 @@ from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request, RequestStatus
 
+from chameleon_ray.adapters.errors import (
+    AdapterInvalidError,
+    AdapterLoadError,
+    AdapterNoRoomError,
+    AdapterTooLargeError,
+)
 from chameleon_ray.adapters.identity import AdapterId, AdapterNumbers
-from chameleon_ray.engine.paged.checkpoint import AdapterSummary, summarise
+from chameleon_ray.engine.inspection import Inspection
+from chameleon_ray.engine.paged.checkpoint import AdapterFilesError, AdapterSummary
 from chameleon_ray.engine.paged.identity import identify
-from chameleon_ray.engine.paged.messages import Fetch, Load, ModelLayout, Refusal, StepOrders, StepResults
+from chameleon_ray.engine.paged.messages import Fetch, Load, Refusal, StepOrders, StepResults, WorkError
 from chameleon_ray.engine.paged.options import EngineLimits, PagedSettings
+from chameleon_ray.engine.paged.storage import Storage
 from chameleon_ray.engine.report import WAITING_FOR, MemoryLimits
 from chameleon_ray.policy.adapter import Adapter
 from chameleon_ray.policy.admission import Obstacle
-from chameleon_ray.policy.cache import AdapterCache, AdapterTooLarge, CacheCorrupt, Plan, State
+from chameleon_ray.policy.cache import AdapterCache
+from chameleon_ray.policy.cache_types import AdapterTooLarge, CacheCorrupt, Plan
 from chameleon_ray.policy.lengths import PREDICTED_TOKENS, HistoryPredictor, LengthFeatures, PredictionAccuracy
 from chameleon_ray.policy.replica import AdapterFailed, ReplicaPolicy
+from chameleon_ray.policy.residency import State
 from chameleon_ray.policy.sizing import QueuedRequest
 
 logger = init_logger(__name__)
@@ -49,7 +58,9 @@ class _Known:
     """An adapter by its digest.
 
     number: what workers know it by. inspection: under way; pending: requests that wait for its end. summary: once it
-    has ended well; from then on the policy knows the adapter. reason, retry_at_s: once it has ended badly.
+    has ended well; from then on the policy knows the adapter. One that has ended badly leaves nothing behind.
+    inquiries: whom to tell the result (``AdapterMemory.inspect``), and whether that of a trial. blocks: where in the
+    storage it lies, or is being loaded to. retired: to be forgotten when nothing is left of it.
     """
 
     id: AdapterId
@@ -58,10 +69,10 @@ class _Known:
     number: int
     inspection: Future[tuple[str, AdapterSummary]] | None = None
     pending: list[str] = field(default_factory=list)
+    inquiries: list[tuple[Callable[[Inspection], None], bool]] = field(default_factory=list)
     summary: AdapterSummary | None = None
-    reason: str = ""
-    retry_at_s: float = float("-inf")
-    blocks: list[KVCacheBlock] = field(default_factory=list)
+    blocks: tuple[int, ...] = ()
+    retired: bool = False
 
     @property
     def digest(self) -> str:
@@ -88,27 +99,27 @@ class _Live:
 
 
 class AdapterMemory:
-    """Owns every borrowed block. One object per engine, made once the workers have said how the model is laid out."""
+    """Owns every block that adapters have. One object per engine, made once the workers have described the model."""
 
     def __init__(
         self,
-        layout: ModelLayout,
+        storage: Storage,
         num_ranks: int,
         pool: BlockPool,
         settings: PagedSettings,
         limits: EngineLimits,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        block_bytes = layout.num_layers * layout.page_elems * layout.pages_per_block * layout.element_bytes
-        self.policy = ReplicaPolicy(settings.replica_config(layout.num_blocks, block_bytes, limits), self)
+        """pool: vLLM's KV blocks."""
+        self.policy = ReplicaPolicy(storage.replica_config(settings, limits), self)
         """For questions; change it through this object."""
+        self.storage = storage
         self.accuracy = PredictionAccuracy()
         self.num_changes = 0  # Grows with whatever ``stats.py`` reports.
         self.seconds: list[tuple[str, float]] = []  # Durations of finished work since somebody last took them.
         self.waited: list[tuple[int, float]] = []  # (queue, delay in s) of requests admitted since then.
+        self.evicted: list[tuple[str, str]] = []  # (name, reason) of adapters that left the storage since then.
         self.num_inspection_failures = 0
-        self._block_bytes = block_bytes
-        self._layout = layout
         self._num_ranks = num_ranks
         self._pool = pool
         self._settings = settings
@@ -120,21 +131,36 @@ class AdapterMemory:
         self._live: dict[str, _Live] = {}
         self._failed: dict[str, Refusal] = {}
         self._inspecting: list[_Known] = []
+        self._on_trial: set[str] = set()
         self._inspector = ThreadPoolExecutor(1, "adapter-headers")
         self._orders = StepOrders()
-        self._finished: dict[str, Counter[int]] = {"fetch": Counter(), "load": Counter()}  # Ranks that are done.
-        self._errors: dict[int, str] = {}
+        self._finished: Counter[tuple[str, int]] = Counter()  # Ranks that are done, as in ``StepResults``.
+        self._errors: dict[tuple[str, int], WorkError] = {}
         self._load_s, self._loaded_bytes = 0.0, 0
 
     # What the policy asks (``BlockPool``)
 
     def free_blocks(self) -> int:
-        """Blocks that nobody holds; those of cached prefixes count."""
+        """KV blocks that nobody holds; those of cached prefixes count."""
         return int(self._pool.get_num_free_blocks())
 
     def kv_blocks(self, request_id: str) -> int:
         """Blocks of a running request's KV cache; those that it shares by prefix caching count."""
         return -(-self._live[request_id].request.num_computed_tokens // self._block_size)
+
+    # What is asked of it without a request
+
+    def inspect(self, lora_name: str, path: str, whole: bool, answer: Callable[[Inspection], None]) -> None:
+        """Whether the engine can serve an adapter. whole: every rank also reads all its weights, and keeps nothing.
+
+        ``answer`` is called in a later step, so that steps must go on until then (``has_work``), or at once.
+        """
+        known = self._know(*identify(LoRARequest(lora_name, 1, path)), path)
+        known.inquiries.append((answer, whole))
+        if known.summary is None:
+            self._begin_inspection(known)
+        else:
+            self._answer_or_try(known, known.summary)
 
     # What happens to requests
 
@@ -154,7 +180,13 @@ class AdapterMemory:
         if not live.num_predicted_tokens:
             if live.known is not None and request.request_id in live.known.pending:
                 live.known.pending.remove(request.request_id)
-            return
+        else:
+            self._end(live)
+        if live.known is not None:
+            self._forget_retired(live.known)
+
+    def _end(self, live: _Live) -> None:
+        request = live.request
         if request.status in _ENDED_BY_ITSELF:
             self.accuracy.record(live.num_predicted_tokens, request.num_output_tokens)
             self._predictor.observe(live.features, request.num_output_tokens)
@@ -162,6 +194,21 @@ class AdapterMemory:
             self.policy.finish(request.request_id, self._clock(), request.num_output_tokens)
         else:
             self.policy.remove(request.request_id, self._clock())
+
+    def retire(self, digests: list[str]) -> list[str]:
+        """Forget these adapters: those that requests want when these have ended, unless another one comes first; those
+        that are being inspected not yet.
+
+        The next step has the others leave blocks and host memory. Returns the digests of which something is left now.
+        """
+        for known in [self._known[digest] for digest in digests if digest in self._known]:
+            if known.inquiries:
+                continue
+            known.retired = True
+            if known.summary is not None:
+                self.policy.retire_adapter(known.digest)
+            self._forget_retired(known)
+        return [digest for digest in digests if digest in self._known]
 
     def requeue(self, request: Request, *, squashed: bool = False) -> None:
         """A running request was preempted or squashed: it waits again, at its old place."""
@@ -171,8 +218,8 @@ class AdapterMemory:
             self.policy.requeue(request.request_id, self._clock(), squashed=squashed)
 
     def refuse(self, request: Request, reason: str) -> None:
-        """The request can never be served: ``take_failed`` names it."""
-        self._failed[request.request_id] = Refusal(reason)
+        """The request and its adapter are too large together: ``take_failed`` names it."""
+        self._failed[request.request_id] = Refusal(AdapterNoRoomError.code, reason)
 
     def take_failed(self) -> dict[str, Refusal]:
         """Requests that must end with an error -> why. Whoever ends them also releases them."""
@@ -185,7 +232,7 @@ class AdapterMemory:
         """Start a step; requests that the policy wants squashed have been requeued."""
         now_s = self._clock()
         if self._inspecting:
-            self._end_inspections(now_s)
+            self._end_inspections()
         self.policy.begin_step(now_s)
 
     def candidate(self) -> Request | None:
@@ -226,12 +273,11 @@ class AdapterMemory:
         self._errors.update(results.errors)
         self.seconds += results.seconds
         self._load_s += sum(seconds for what, seconds in results.seconds if what == "load")
-        for what, counts in (("fetch", results.fetched), ("load", results.loaded)):
-            finished = self._finished[what]
-            finished.update(counts)
-            for number in [number for number in counts if finished[number] == self._num_ranks]:
-                del finished[number]
-                self._end_work(what, self._numbered(number), self._errors.pop(number, None))
+        self._finished += results.finished
+        for work in [work for work in results.finished if self._finished[work] == self._num_ranks]:
+            del self._finished[work]
+            what, number = work
+            self._end_work(what, self._numbered(number), self._errors.pop(work, None))
 
     # State
 
@@ -252,29 +298,31 @@ class AdapterMemory:
 
     @property
     def is_busy(self) -> bool:
-        """Whether workers still have something to report."""
+        """Whether workers still have something to do or to report."""
         stats = self.cache.stats()
-        return bool(stats.loads_in_flight or stats.fetches_in_flight or self._orders)
+        return bool(stats.loads_in_flight or stats.fetches_in_flight or self._orders or self.cache.has_leavers)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether steps must go on although no request may be live."""
+        return bool(self._inspecting or self._on_trial) or self.is_busy
 
     def is_running(self, request_id: str) -> bool:
         """Whether the request was admitted and has not been requeued since."""
         return (live := self._live.get(request_id)) is not None and live.running
 
     def evict_idle(self) -> None:
-        """Give back every block that no running request needs."""
-        self.reclaim(self._layout.num_blocks, "", or_nothing=False)
+        """Have every adapter leave that no running request needs."""
+        self._carry_out(self.policy.evict_idle(self._clock()))
 
     @property
     def limits(self) -> MemoryLimits:
         """What adapters may take."""
-        config = self.cache.config
-        return MemoryLimits(
-            self._block_bytes * self._num_ranks, config.max_blocks, self._layout.num_blocks, config.host_bytes
-        )
+        return self.storage.limits(self.policy.config, self._num_ranks)
 
     def waiting(self) -> dict[str, int]:
         """Requests that wait, by what for: ``inspection`` of the adapter's files, ``fetch`` into host memory, ``room``
-        in KV memory, ``load`` into it, or their ``turn`` (quota, seat, KV memory), with nothing else missing."""
+        on the GPU, ``load`` into it, or their ``turn`` (quota, seat, KV memory), with nothing else missing."""
         counts = dict.fromkeys(WAITING_FOR, 0)
         for request_id, live in self._live.items():
             if live.running or request_id in self._failed:
@@ -293,45 +341,49 @@ class AdapterMemory:
         oldest = next((live for live in self._live.values() if not live.running), None)
         return 0.0 if oldest is None else self._clock() - oldest.arrived_s
 
-    def failures(self) -> dict[str, str]:
-        """Digest -> why its requests are refused at present."""
-        now_s = self._clock()
-        failures = {known.digest: known.reason for known in self._known.values() if now_s < known.retry_at_s}
-        for known in self._known.values():
-            if known.summary is not None and (failure := self.cache.failure(known.digest, now_s)):
-                failures[known.digest] = failure.reason
-        return failures
-
     def eviction_cost_s(self) -> float:
         """Seconds that later requests lose if one more adapter is loaded (``AdapterCache.eviction_cost_s``), at the
         mean rate of all loads so far."""
         if not self._loaded_bytes:
             return 0.0
         s_per_byte = self._load_s / self._loaded_bytes
-        return self.cache.eviction_cost_s(self.free_blocks(), self._clock(), lambda size_bytes: size_bytes * s_per_byte)
+        free_blocks = self.policy.free_adapter_blocks()
+        return self.cache.eviction_cost_s(free_blocks, self._clock(), lambda size_bytes: size_bytes * s_per_byte)
 
     def check(self) -> None:
-        """Raise CacheCorrupt or AssertionError unless the policy's, the pool's and this object's numbers agree."""
+        """Raise CacheCorrupt or AssertionError unless the policy's, the storage's and this object's numbers agree."""
         self.policy.check()
         known = [live.request.request_id for live in self._live.values() if live.known and live.num_predicted_tokens]
         owned = {known.digest: len(known.blocks) for known in self._known.values() if known.blocks}
         self.cache.check(owned_blocks=owned, live_requests=known)
-        blocks = [block for known in self._known.values() for block in known.blocks]
-        if len({block.block_id for block in blocks}) < len(blocks) or any(block.ref_cnt != 1 for block in blocks):
-            raise CacheCorrupt("a borrowed block has two owners")
+        self.storage.check([number for known in self._known.values() for number in known.blocks])
         if self.policy.num_running != len(self.running):
             raise CacheCorrupt(f"{self.policy.num_running} requests run by the policy, {len(self.running)} here")
+        inspected = {digest for digest, known in self._known.items() if known.summary is not None}
+        if inspected != self.cache.tiers().keys() or len(self._numbers) != len(self._known):
+            raise CacheCorrupt(
+                f"{len(inspected)} of {len(self._known)} adapters inspected, {len(self._numbers)} numbers"
+            )
 
     def close(self) -> None:
         """Stop the background thread."""
         self._inspector.shutdown(wait=False, cancel_futures=True)
 
-    def _identify(self, request: Request, lora: LoRARequest) -> _Known:
-        name, adapter_id = identify(lora)
+    def _know(self, name: str, adapter_id: AdapterId, path: str) -> _Known:
         known = self._known.get(adapter_id.digest)
         if known is None:
             number = self._numbers.number(adapter_id.digest)
-            known = self._known[adapter_id.digest] = _Known(adapter_id, name, lora.lora_path, number)
+            known = self._known[adapter_id.digest] = _Known(adapter_id, name, path, number)
+        known.name = name
+        if known.retired:
+            known.retired = False
+            if known.summary is not None:
+                self._add_to_policy(known, known.summary)
+        return known
+
+    def _identify(self, request: Request, lora: LoRARequest) -> _Known:
+        name, adapter_id = identify(lora)
+        known = self._know(name, adapter_id, lora.lora_path)
         lora_name = adapter_id.lora_name(name)
         request.lora_request = LoRARequest(lora_name, known.number, lora.lora_path)
         if lora_name != lora.lora_name:  # The prefix cache's keys contain the name.
@@ -351,14 +403,8 @@ class AdapterMemory:
         live = self._live[request_id]
         known, adapter = live.known, None
         if known is not None and known.summary is None:
-            if now_s < known.retry_at_s:
-                self._failed[request_id] = Refusal(known.reason, known.retry_at_s - now_s)
-                return
             known.pending.append(request_id)
-            if known.inspection is None:
-                max_rank = self._settings.max_rank
-                known.inspection = self._inspector.submit(_inspect, known.path, self._layout, max_rank)
-                self._inspecting.append(known)
+            self._begin_inspection(known)
             return
         if known is not None and known.summary is not None:
             adapter = Adapter(known.digest, known.summary.rank, known.summary.size_bytes)
@@ -367,7 +413,7 @@ class AdapterMemory:
         try:
             self.policy.arrive(queued, now_s)
         except AdapterFailed as error:
-            self._failed[request_id] = Refusal(str(error), error.retry_at_s - now_s)
+            self._failed[request_id] = _refusal(str(error), error.retry_at_s, now_s)
         else:
             live.num_predicted_tokens = predicted
 
@@ -379,62 +425,128 @@ class AdapterMemory:
                 return min(given, live.request.max_tokens)
         return self._predictor.predict(live.features)
 
-    def _end_inspections(self, now_s: float) -> None:
+    def _begin_inspection(self, known: _Known) -> None:
+        if known.inspection is None:
+            known.inspection = self._inspector.submit(_inspect, known.path, self.storage, self._settings.max_rank)
+            self._inspecting.append(known)
+
+    def _end_inspections(self) -> None:
         ended = [known for known in self._inspecting if known.inspection is not None and known.inspection.done()]
         for known in ended:
             self._inspecting.remove(known)
             inspection, known.inspection = known.inspection, None
-            pending, known.pending = known.pending, []
             assert inspection is not None
             try:
                 known.path, summary = inspection.result()
-                adapter = Adapter(known.digest, summary.rank, summary.size_bytes)
-                self.policy.add_adapter(adapter, summary.num_blocks)
-            except (AdapterTooLarge, ValueError, OSError) as error:
-                known.reason = self._refused(known, str(error))
-                known.retry_at_s = now_s + self._settings.retry_after_s
-                self.num_inspection_failures += 1
+                self._add_to_policy(known, summary)
+            except AdapterFilesError as error:
+                self._fail_inspection(known, error.code, str(error))
+            except AdapterTooLarge as error:
+                self._fail_inspection(known, AdapterTooLargeError.code, str(error))
+            except (ValueError, OSError) as error:
+                self._fail_inspection(known, AdapterLoadError.code, str(error))
             else:
                 known.summary = summary
-            for request_id in pending:
-                self._arrive(request_id)
+                self._answer_or_try(known, summary)
+                pending, known.pending = known.pending, []
+                for request_id in pending:
+                    self._arrive(request_id)
+                if known.retired:
+                    self.retire([known.digest])
+
+    def _fail_inspection(self, known: _Known, code: str, reason: str) -> None:
+        """Refuse all who wait for it, and forget the adapter: who asks again has it inspected again."""
+        reason = self._refused(known, reason)
+        self.num_changes += 1
+        self.num_inspection_failures += 1
+        retry_after_s = self._settings.retry_after_s if code == AdapterLoadError.code else None
+        self._failed |= dict.fromkeys(known.pending, Refusal(code, reason, retry_after_s))
+        for answer, _ in known.inquiries:
+            answer(Inspection(code=code, reason=reason))
+        del self._known[known.digest]
+        self._numbers.release(known.digest)
+
+    def _answer_or_try(self, known: _Known, summary: AdapterSummary) -> None:
+        """Tell who has asked for an inspection, and start a trial for those who want one as well."""
+        inquiries, known.inquiries = known.inquiries, []
+        for answer, whole in inquiries:
+            if whole:
+                known.inquiries.append((answer, whole))
+            else:
+                answer(Inspection(summary.num_blocks, summary.size_bytes))
+        if known.inquiries and known.digest not in self._on_trial:
+            self._on_trial.add(known.digest)
+            self._orders.trial.append(Fetch(known.number, known.path, summary.slice_ranks))
+
+    def _end_trial(self, known: _Known, error: WorkError | None) -> None:
+        assert known.summary is not None
+        self._on_trial.remove(known.digest)
+        inspection = Inspection(known.summary.num_blocks, known.summary.size_bytes)
+        if error is not None:
+            code = AdapterInvalidError.code if error.is_permanent else AdapterLoadError.code
+            inspection = Inspection(code=code, reason=self._refused(known, error.reason))
+        inquiries, known.inquiries = known.inquiries, []
+        for answer, _ in inquiries:
+            answer(inspection)
+        self._forget_retired(known)
+
+    def _add_to_policy(self, known: _Known, summary: AdapterSummary) -> None:
+        self.policy.add_adapter(Adapter(known.digest, summary.rank, summary.size_bytes), summary.num_blocks)
+
+    def _forget_retired(self, known: _Known) -> None:
+        """After something was let go: forget a retired adapter of which nothing is left."""
+        is_known = self._known.get(known.digest) is known
+        if known.retired and is_known and known.inspection is None and not self.cache.knows(known.digest):
+            del self._known[known.digest]
+            self._numbers.release(known.digest)
+            self._predictor.forget(known.digest)
+            self.num_changes += 1
 
     def _carry_out(self, plan: Plan) -> None:
         if not plan:
             return
         self.num_changes += 1
         for eviction in plan.evict:
-            self._give_back(self._known[eviction.digest])
+            known = self._known[eviction.digest]
+            self._give_back(known)
+            self.evicted.append((known.name, eviction.reason.value))
         self._orders.drop += [self._known[digest].number for digest in plan.drop]
         for digest in plan.load:
             known = self._known[digest]
             assert known.summary is not None
-            known.blocks = self._pool.get_new_blocks(known.summary.num_blocks)
-            self._orders.load.append(Load(known.number, tuple(block.block_id for block in known.blocks)))
+            known.blocks = self.storage.take(known.summary.num_blocks)
+            self._orders.load.append(Load(known.number, known.blocks))
         for digest in plan.fetch:
             known = self._known[digest]
             assert known.summary is not None
             self._orders.fetch.append(Fetch(known.number, known.path, known.summary.slice_ranks))
+        for digest in {*plan.drop, *(eviction.digest for eviction in plan.evict)}:
+            self._forget_retired(self._known[digest])
 
     def _give_back(self, known: _Known) -> None:
         self._orders.evict.append(known.number)
-        self._pool.free_blocks(known.blocks)
-        known.blocks = []
+        self.storage.give_back(known.blocks)
+        known.blocks = ()
 
-    def _end_work(self, what: str, known: _Known, error: str | None) -> None:
+    def _end_work(self, what: str, known: _Known, error: WorkError | None) -> None:
+        if what == "trial":
+            self._end_trial(known, error)
+            return
         self.num_changes += 1
         if error is None:
             if what == "load" and known.summary is not None:
                 self._loaded_bytes += known.summary.size_bytes * self._num_ranks
             (self.policy.fetched if what == "fetch" else self.policy.loaded)(known.digest)
             return
-        reason = self._refused(known, error)
+        reason, now_s = self._refused(known, error.reason), self._clock()
+        retry_at_s = None if error.is_permanent else now_s + self._settings.retry_after_s
         failed = self.policy.fetch_failed if what == "fetch" else self.policy.load_failed
-        refusal = Refusal(reason, self._settings.retry_after_s)
-        self._failed |= dict.fromkeys(failed(known.digest, reason, self._clock()), refusal)
+        request_ids = failed(known.digest, reason, now_s, is_permanent=error.is_permanent)
+        self._failed |= dict.fromkeys(request_ids, _refusal(reason, retry_at_s, now_s))
         if what == "load":
             self._give_back(known)
         self._orders.drop.append(known.number)  # Other ranks may have succeeded.
+        self._forget_retired(known)
 
     def _refused(self, known: _Known, reason: str) -> str:
         reason = f"adapter {known.name!r} ({known.id.short}) cannot be used: {reason}"
@@ -442,6 +554,12 @@ class AdapterMemory:
         return reason
 
 
-def _inspect(path: str, layout: ModelLayout, max_rank: int) -> tuple[str, AdapterSummary]:
+def _refusal(reason: str, retry_at_s: float | None, now_s: float) -> Refusal:
+    if retry_at_s is None:
+        return Refusal(AdapterInvalidError.code, reason)
+    return Refusal(AdapterLoadError.code, reason, retry_at_s - now_s)
+
+
+def _inspect(path: str, storage: Storage, max_rank: int) -> tuple[str, AdapterSummary]:
     folder = get_adapter_absolute_path(path)
-    return folder, summarise(Path(folder), layout, max_rank)
+    return folder, storage.summarise(Path(folder), max_rank)

@@ -41,15 +41,15 @@ class EngineLimits:
 
 @dataclass(frozen=True, slots=True)
 class PagedSettings:
-    """What an operator decides about adapters in KV memory; vLLM carries it in ``additional_config``.
+    """What an operator decides about adapters under our policy; vLLM carries it in ``additional_config``.
 
-    memory_share: most of the KV pool's blocks that adapters may hold.
+    memory_share: most of the KV pool's blocks that adapters may hold; without meaning for adapters in slots.
     host_bytes: most bytes of host copies per tensor-parallel rank, page-locked on a GPU machine.
     max_rank: adapters of a larger rank are refused; sizes scratch memory, costs no work.
     readers: background threads that read adapters, per rank.
-    check_finite: refuse adapters with NaN or infinite weights.
+    check_finite: refuse adapters with NaN or infinite weights; for those that nobody has looked at before.
     retry_after_s: pause before an adapter that failed is tried again.
-    policy, frequency_weight, recency_weight, size_weight, frequency_window_s, prefetch, histogram_prefetch: see
+    policy, frequency_weight, recency_weight, size_weight, frequency_window_s, prefetch: see
     ``policy.cache_types.CacheConfig``.
     scheduler: which waiting request runs next, a name in ``policy.disciplines.DISCIPLINES``.
     request_size, max_queues, k_rule, slo_s, refresh_s: see ``policy.sizing.SizingOptions``, ``QueueOptions``.
@@ -69,7 +69,6 @@ class PagedSettings:
     size_weight: float = PAPER_WEIGHTS.size
     frequency_window_s: float = 300.0
     prefetch: bool = True
-    histogram_prefetch: bool = False
     scheduler: str = "chameleon"
     request_size: Literal["product", "sum"] = "product"
     max_queues: int = 4
@@ -99,9 +98,13 @@ class PagedSettings:
         return cls(**given)
 
     def cache_config(self, num_blocks: int) -> CacheConfig:
-        """For a pool of so many blocks."""
+        """For a pool of so many blocks. Of these vLLM never uses one, and one is left for a request: an adapter that
+        fits alone could not be used."""
+        return self._cache_config(max(1, min(int(self.memory_share * num_blocks), num_blocks - 2)))
+
+    def _cache_config(self, max_blocks: int) -> CacheConfig:
         return CacheConfig(
-            max_blocks=max(1, int(self.memory_share * num_blocks)),
+            max_blocks=max_blocks,
             host_bytes=self.host_bytes,
             policy=self.policy,
             weights=Weights(self.frequency_weight, self.recency_weight, self.size_weight),
@@ -109,21 +112,29 @@ class PagedSettings:
             retry_after_s=self.retry_after_s,
             max_fetches=2 * self.readers,
             prefetch=self.prefetch,
-            histogram_prefetch=self.histogram_prefetch,
         )
 
     def replica_config(self, num_blocks: int, block_bytes: int, limits: EngineLimits) -> ReplicaConfig:
         """For a pool of so many blocks, each of so many bytes over all layers of one rank."""
-        queues = QueueOptions(
-            total_tokens=num_blocks * limits.block_size,
-            sizing=SizingOptions(kv_token_bytes=max(1, block_bytes // limits.block_size), form=self.request_size),
+        queues = self._queues(num_blocks * limits.block_size, max(1, block_bytes // limits.block_size), limits)
+        return ReplicaConfig(self.cache_config(num_blocks), queues, self.scheduler, limits.block_size)
+
+    def slots_config(self, num_slots: int, num_kv_tokens: int, limits: EngineLimits) -> ReplicaConfig:
+        """For so many adapters in slots, beside a KV cache for so many tokens."""
+        queues = self._queues(num_kv_tokens, None, limits)
+        cache = self._cache_config(num_slots)
+        return ReplicaConfig(cache, queues, self.scheduler, limits.block_size, shares_kv=False)
+
+    def _queues(self, total_tokens: int, kv_token_bytes: int | None, limits: EngineLimits) -> QueueOptions:
+        return QueueOptions(
+            total_tokens=total_tokens,
+            sizing=SizingOptions(kv_token_bytes=kv_token_bytes, form=self.request_size),
             max_running=limits.max_running,
             max_queues=self.max_queues,
             k_rule=self.k_rule,
             slo_s=self.slo_s,
             refresh_s=self.refresh_s,
         )
-        return ReplicaConfig(self.cache_config(num_blocks), queues, self.scheduler, limits.block_size)
 
 
 def paged_arguments(settings: PagedSettings | None = None) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 ``schedule`` itself is vLLM's; this stands around it and translates. Seams of vLLM 0.30 that are used beyond its
 documented hooks (tests/engine/test_seams.py pins them): ``Scheduler.waiting`` and ``skipped_waiting`` as replaceable
 ``RequestQueue``s; ``kv_cache_manager.allocate_slots`` as the one place where KV memory runs out; ``_preempt_request``;
-``defer_block_free``; ``finish_requests`` for requests that must end with an error.
+``defer_block_free``; ``finish_requests`` for requests that must end with an error; ``EngineCore``'s utility calls.
 """
 
 import time
+from concurrent.futures import Future
+from dataclasses import asdict
 from typing import Any
 
 from vllm.logger import init_logger
@@ -14,15 +16,16 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.engine.core import EngineCore
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from chameleon_ray.engine.paged.connector import PagedConnector
 from chameleon_ray.engine.paged.memory import AdapterMemory
-from chameleon_ray.engine.paged.messages import PagedUnsupportedError, Refusal, tells_starter
+from chameleon_ray.engine.paged.messages import PagedUnsupportedError, Refusal, UnsupportedError, tells_starter
 from chameleon_ray.engine.paged.options import lift_slot_limits, unsupported_reason
 from chameleon_ray.engine.paged.queue import PolicyQueue, SkippedQueue
-from chameleon_ray.engine.refusals import RETRY_AFTER_S
+from chameleon_ray.engine.refusals import CODE, RETRY_AFTER_S
 
 logger = init_logger(__name__)
 
@@ -38,13 +41,15 @@ class ChameleonScheduler(AsyncScheduler):
     """Admits requests in the policy's order, once their adapters are resident; takes idle adapters' blocks before it
     preempts anybody."""
 
+    connector_type: type[PagedConnector] = PagedConnector
+    unsupported: type[UnsupportedError] = PagedUnsupportedError
+
     @tells_starter
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        check_supported(vllm_config)
-        lift_slot_limits(vllm_config)
+        self.prepare(vllm_config)
         super().__init__(vllm_config, *args, **kwargs)
-        if not isinstance(self.connector, PagedConnector):
-            raise PagedUnsupportedError("the KV connector is not ours; set kv_transfer_config as paged_arguments does")
+        if not isinstance(self.connector, self.connector_type):
+            raise self.unsupported("the KV connector is not ours: leave kv_transfer_config to engine.adapter_memory")
         # vLLM holds freed blocks back one step for connectors that fill blocks unordered with the compute stream. Ours
         # does order its copies after it (host.py), so blocks are free at once, as without a connector.
         self.defer_block_free = False
@@ -53,6 +58,11 @@ class ChameleonScheduler(AsyncScheduler):
         self.skipped_waiting = SkippedQueue(self.waiting)
         self._allocate_slots = self.kv_cache_manager.allocate_slots
         self.kv_cache_manager.allocate_slots = self._allocate_or_reclaim
+
+    def prepare(self, vllm_config: Any) -> None:
+        """Make the configuration fit before vLLM's scheduler reads it. Raises UnsupportedError where it cannot."""
+        check_supported(vllm_config)
+        lift_slot_limits(vllm_config)
 
     @property
     def _memory(self) -> AdapterMemory:
@@ -77,7 +87,17 @@ class ChameleonScheduler(AsyncScheduler):
         return outputs
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
-        self._memory.evict_idle()  # vLLM resets only a pool of which nothing is lent.
+        """As vLLM's, which resets only a pool of which nothing is lent: adapters leave it too.
+
+        reset_running_requests: adapters in use as well, as before sleep and pause, once the requests that use them are
+        preempted; both come back. Raises RuntimeError while an adapter is being loaded.
+        """
+        if reset_running_requests:
+            now_s = time.monotonic()
+            while self.running:
+                self._preempt_request(self.running.pop(), now_s, drop_stale_output=True)
+        if reset_running_requests or self._memory.policy.config.shares_kv:
+            self._memory.evict_idle()
         return super().reset_prefix_cache(reset_running_requests, reset_connector)
 
     def _end_failed(self, failed: dict[str, Refusal], outputs: dict[int, EngineCoreOutputs]) -> None:
@@ -88,7 +108,7 @@ class ChameleonScheduler(AsyncScheduler):
                 new_token_ids=[],
                 finish_reason=request.get_finished_reason(),
                 stop_reason=refusal.reason,
-                kv_transfer_params={RETRY_AFTER_S: refusal.retry_after_s},
+                kv_transfer_params={CODE: refusal.code, RETRY_AFTER_S: refusal.retry_after_s},
                 events=request.take_events(),
                 trace_headers=request.trace_headers,
             )
@@ -107,7 +127,7 @@ class ChameleonScheduler(AsyncScheduler):
             short -= sum(block.ref_cnt > 0 for block in cached[0]) if cached else 0
         if short <= 0 or self._memory.reclaim(short, request.request_id, or_nothing=True):
             return True
-        if not self.running and not self._memory.is_busy:
+        if self._memory.policy.config.shares_kv and not self.running and not self._memory.is_busy:
             pool = self.kv_cache_manager.block_pool.num_gpu_blocks - 1
             reason = f"{request.num_tokens} tokens and the adapter do not fit together in {pool} blocks of KV memory"
             self._memory.refuse(request, reason)
@@ -143,3 +163,21 @@ class ChameleonScheduler(AsyncScheduler):
         if request.status != RequestStatus.RUNNING and self.running:
             wanted += self.kv_cache_manager.watermark_blocks
         return wanted - self.kv_cache_manager.block_pool.get_num_free_blocks()
+
+
+def _retire_adapters(core: EngineCore, digests: list[str]) -> list[str]:
+    """See ``AdapterMemory.retire``."""
+    left: list[str] = core.scheduler.connector.memory.retire(digests)
+    return left
+
+
+def _inspect_adapter(core: EngineCore, lora_name: str, path: str, whole: bool) -> Future[dict[str, Any]]:
+    """``AdapterMemory.inspect``, with the fields of an Inspection as the result."""
+    result: Future[dict[str, Any]] = Future()
+    core.scheduler.connector.memory.inspect(lora_name, path, whole, lambda found: result.set_result(asdict(found)))
+    return result
+
+
+# vLLM calls the method of EngineCore that a utility call names, between two steps, and answers when its Future is done.
+EngineCore.inspect_adapter = _inspect_adapter
+EngineCore.retire_adapters = _retire_adapters

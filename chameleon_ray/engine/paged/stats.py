@@ -8,6 +8,7 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 
 from chameleon_ray.engine.paged.memory import AdapterMemory
+from chameleon_ray.policy.adapter import Tier
 
 REPORT_INTERVAL_S = 0.1
 """Statistics travel with a step's output at most so often while requests are live."""
@@ -15,13 +16,13 @@ REPORT_INTERVAL_S = 0.1
 
 class AdapterStats(KVConnectorStats):
     """``data``: ``cache`` (``policy.cache_types.CacheStats``: totals and gauges), ``tiers`` (digest -> tier number of
-    those that changed since the last report), ``failures`` (digest -> reason, all), ``seconds`` (``fetch`` and ``load``
-    durations since the last report), ``eviction_cost_s`` (what one more adapter would cost later requests),
-    ``idle_blocks`` (``ReplicaPolicy.idle_blocks``), ``queues``
-    (``policy.admission.QueuesState``), ``waited`` ((queue, queueing delay in s) of requests admitted since the last
-    report), ``predictions`` (``policy.lengths.AccuracySnapshot``), ``waiting`` (``AdapterMemory.waiting``),
-    ``oldest_waiting_s``, ``limits`` (``engine.report.MemoryLimits``), ``num_inspection_failures``. ``engine/report.py``
-    makes objects of it."""
+    those that changed since the last report, 0 of those forgotten), ``seconds``
+    (``fetch`` and ``load`` durations since then), ``eviction_cost_s`` (what one more adapter would cost later ones),
+    ``idle_blocks`` (``ReplicaPolicy.idle_blocks``), ``queues`` (``policy.admission.QueuesState``), ``waited`` ((queue,
+    queueing delay in s) of requests admitted since the last report), ``evicted`` ((name, reason) of adapters that left
+    KV memory since then), ``predictions`` (``policy.lengths.AccuracySnapshot``), ``waiting``
+    (``AdapterMemory.waiting``), ``oldest_waiting_s``, ``limits`` (``engine.report.MemoryLimits``),
+    ``num_inspection_failures``. ``engine/report.py`` makes objects of it."""
 
     def reset(self) -> None:
         self.data = {}
@@ -30,7 +31,8 @@ class AdapterStats(KVConnectorStats):
         data = {**self.data, **other.data}
         data["tiers"] = {**self.data.get("tiers", {}), **other.data.get("tiers", {})}
         mine, theirs = self.data.get("seconds", {}), other.data.get("seconds", {})
-        data["waited"] = [*self.data.get("waited", []), *other.data.get("waited", [])]
+        for name in ("waited", "evicted"):
+            data[name] = [*self.data.get(name, []), *other.data.get(name, [])]
         data["seconds"] = {what: mine.get(what, []) + theirs.get(what, []) for what in {*mine, *theirs}}
         return AdapterStats(data=data)
 
@@ -63,15 +65,17 @@ class StatsReporter:
         self._reported_at_s, self._num_changes = now_s, self._memory.num_changes
         cache = asdict(self._memory.cache.stats())
         cache["evictions"] = {str(reason): count for reason, count in cache["evictions"].items()}
-        report: dict[str, Any] = {"cache": cache, "failures": self._memory.failures()}
+        report: dict[str, Any] = {"cache": cache}
         report["eviction_cost_s"] = self._memory.eviction_cost_s()
         report["idle_blocks"] = self._memory.policy.idle_blocks
         tiers = {digest: int(tier) for digest, tier in self._memory.cache.tiers().items()}
         report["tiers"] = {digest: tier for digest, tier in tiers.items() if self._tiers.get(digest) != tier}
+        report["tiers"] |= dict.fromkeys(self._tiers.keys() - tiers.keys(), int(Tier.ABSENT))
         self._tiers = tiers
         seconds, self._memory.seconds = self._memory.seconds, []
         report["seconds"] = {what: [s for kind, s in seconds if kind == what] for what in ("fetch", "load")}
         report["waited"], self._memory.waited = self._memory.waited, []
+        report["evicted"], self._memory.evicted = self._memory.evicted, []
         report["queues"] = asdict(self._memory.policy.queues.state())
         report["predictions"] = asdict(self._memory.accuracy.snapshot())
         report["waiting"] = self._memory.waiting()

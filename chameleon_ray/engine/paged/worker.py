@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from chameleon_kernels.testing import self_check
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer import get_kv_transfer_group
@@ -10,6 +11,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
+from chameleon_ray.engine.modules import describe_modules
 from chameleon_ray.engine.paged import lora
 from chameleon_ray.engine.paged.connector import PagedConnector
 from chameleon_ray.engine.paged.host import AdapterHost
@@ -61,12 +63,12 @@ class PagedWorker(PlatformWorker):
         modules = manager.layer_modules(parts, numbers.__getitem__)
         layout = ModelLayout(
             parts=manager.parts,
+            table=describe_modules(manager._adapter_manager),
             targets={
                 name: (module.layer, module.first_slice + position)
                 for module in modules
                 for position, name in enumerate(module.slices)
             },
-            renames=_rename_mapper(self.model_runner.get_model()),
             num_layers=len(numbers),
             page_elems=geometry.page_elems,
             pages_per_block=geometry.pages_per_block,
@@ -81,12 +83,7 @@ class PagedWorker(PlatformWorker):
             modules,
             kv_layers,
             num_readers=settings.readers,
-            check_finite=settings.check_finite,
+            # What is finite in a file may overflow float16.
+            check_finite=settings.check_finite or dtype is torch.float16,
         )
         manager.attach(connector.host, parts, kv_of.__getitem__)
-
-
-def _rename_mapper(model: Any) -> Any:
-    """How checkpoint names become vLLM's, as vLLM's own adapter loading does it; None where they are the same."""
-    mapper = getattr(model, "hf_to_vllm_mapper", None)
-    return None if mapper is None else mapper.get_rename_mapper()
