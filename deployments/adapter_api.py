@@ -22,15 +22,17 @@ logger = logging.getLogger("ray.serve")
 class AdapterApi:
     """vLLM's run-time adapter API, where success holds for every replica and every ingress."""
 
-    def __init__(self, config: AppConfig, follower: ClusterFollower, store: CatalogStore, replica: DeploymentHandle):
+    def __init__(
+        self, config: AppConfig, follower: ClusterFollower, store: CatalogStore, replica: DeploymentHandle[Any]
+    ):
         self._config = config
         self._follower = follower
         self._store = store
         self._replica = replica
-        self._ingresses: DeploymentHandle | None = None
+        self._ingresses: DeploymentHandle[Any] | None = None
 
-    async def load(self, name: str, uri: str, *, replace: bool) -> str:
-        """Fetch, validate and register an adapter; the message for the client.
+    async def load(self, name: str, uri: str, *, replace: bool, credentials: str | None = None) -> str:
+        """Fetch, validate and register an adapter; the message for the client. credentials: see ``Sources.find``.
 
         Every replica has its files and its engine has loaded it once before it gets into the catalog; a failure
         anywhere leaves everything as it was. Raises ApiError, PlacementUnavailableError.
@@ -42,7 +44,7 @@ class AdapterApi:
         if not replace and name in self._follower.view().catalog:
             raise _already_loaded(name)
         inspect = self._replica.options(method_name="inspect_adapter")
-        inspected: AdapterRecord | ApiError = await once_more(lambda: inspect.remote(name, uri))
+        inspected: AdapterRecord | ApiError = await once_more(lambda: inspect.remote(name, uri, credentials))
         if isinstance(inspected, ApiError):
             raise inspected
         for problem in await self._everywhere(self._replica, "prepare_adapter", inspected):
@@ -54,7 +56,8 @@ class AdapterApi:
             raise _already_loaded(name) from None
         await self._wait_until_seen(record.version)
         logger.info("adapter %s (%s) loaded from %s", name, record.id.short, uri)
-        return f"Success: LoRA adapter '{name}' added successfully."
+        warnings = "".join(f" Warning: {warning}." for warning in record.warnings)
+        return f"Success: LoRA adapter '{name}' added successfully.{warnings}"
 
     async def unload(self, name: str) -> str:
         """Take an adapter out of the catalog; running requests end on it. The message for the client.
@@ -81,7 +84,7 @@ class AdapterApi:
             raise ApiError(503, message, "catalog_unavailable", retry_after_s=CATALOG_RETRY_AFTER_S)
 
     @staticmethod
-    async def _everywhere(handle: DeploymentHandle, method: str, *arguments: Any) -> list[Any]:
+    async def _everywhere(handle: DeploymentHandle[Any], method: str, *arguments: Any) -> list[Any]:
         """What every live replica of a deployment answers; one that dies meanwhile is not live."""
         results = await handle.broadcast(method, *arguments).results_async(return_exceptions=True)
         for result in results:

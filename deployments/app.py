@@ -38,9 +38,10 @@ def application(args: dict[str, Any], replica_class: type[Replica]) -> Applicati
             update={"redis": config.redis.model_copy(update={"url": f"redis://127.0.0.1:{port}/0"})}
         )
         redis.append(_redis_deployment().bind(port))
-    settings = config.model_dump(mode="json")
+    settings = config.model_dump(mode="json", exclude_unset=True)  # What was set stays known as set.
     replica = _replica_deployment(config, replica_class).bind(settings, *redis)
-    return _ingress_deployment(config).bind(settings, replica)
+    served: Application = _ingress_deployment(config).bind(settings, replica)
+    return served
 
 
 def _replica_deployment(config: AppConfig, replica_class: type[Replica]) -> Any:

@@ -5,6 +5,7 @@ defined below the class do not exist for its routes.
 """
 
 import asyncio
+import base64
 import hmac
 import ipaddress
 import json
@@ -32,18 +33,19 @@ CATALOG_RETRY_AFTER_S = 2.0
 async def answered(
     request: Request, retry_after_s: float, handler: Callable[[Request], Awaitable[Response]]
 ) -> Response:
-    """``handler``'s response, or the error that it raised in OpenAI's shape; counted by outcome.
+    """``handler``'s response, or the error that it raised in OpenAI's shape; counted by outcome, except for routes that
+    watch the application: an open live page asks every second.
 
     retry_after_s: what a caller is told when the replicas take no more requests.
     """
     try:
         response = await handler(request)
     except asyncio.CancelledError:
-        _count(499)
+        _count(request, 499)
         raise
     except Exception as error:
         response = _error_response(_as_api_error(request, error, retry_after_s))
-    _count(response.status_code)
+    _count(request, response.status_code)
     return response
 
 
@@ -58,7 +60,7 @@ async def no_such_route(request: Request, error: Exception) -> Response:
         problem = ApiError(405, f"{where} is not allowed; use {allowed}.", "invalid_request_error")
     else:
         problem = ApiError(error.status_code, str(error.detail), "invalid_request_error")
-    _count(problem.status)
+    _count(request, problem.status)
     response = _error_response(problem)
     response.headers.update(error.headers or {})
     return response
@@ -86,7 +88,9 @@ def retry_after(seconds: float | None) -> dict[str, str]:
     return {} if seconds is None else {"Retry-After": str(max(1, math.ceil(seconds)))}
 
 
-def _count(status: int) -> None:
+def _count(request: Request, status: int) -> None:
+    if "/chameleon/" in request.url.path:
+        return
     outcome = OUTCOMES.get(status) or ("ok" if status < 400 else "client_error" if status < 500 else "server_error")
     metrics.REQUESTS.counter().inc(tags={"outcome": outcome})
 
@@ -102,15 +106,16 @@ async def read_body(request: Request, config: AppConfig) -> bytes:
     return bytes(body)
 
 
-def json_object(body: bytes, needed: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The body as a JSON object in which every ``needed`` key is a non-empty string. ApiError 400 otherwise."""
+def json_object(body: bytes, needed: tuple[str, ...] = (), may_have: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The body as a JSON object in which every ``needed`` key is a non-empty string, and every one of ``may_have`` that
+    is there and not null. ApiError 400 otherwise."""
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"The request body is not valid JSON: {error}", "invalid_request_error") from None
     if not isinstance(fields, dict):
         raise ApiError(400, "The request body must be a JSON object.", "invalid_request_error")
-    for key in needed:
+    for key in (*needed, *(key for key in may_have if fields.get(key) is not None)):
         if not isinstance(fields.get(key), str) or not fields[key]:
             raise ApiError(400, f"'{key}' is required and must be a string.", "invalid_request_error", param=key)
     return fields
@@ -135,21 +140,38 @@ class Guard:
             raise ApiError(401, "Missing or unknown API key; send it as bearer token.", "authentication_error")
 
     def check_admin(self, request: Request) -> None:
-        """ApiError 401 or 403 unless the caller may load and unload adapters."""
-        if self._api.admin_key is not None:
-            if not _same(_bearer(request), self._api.admin_key):
-                raise ApiError(401, "This needs the admin key as bearer token.", "authentication_error")
-        elif not (self._api.admin_open_on_loopback and self._is_local and _from_this_machine(request)):
-            message = "Adapter loading is closed: set api.admin_key in the configuration to open it."
-            raise ApiError(403, message, "permission_error")
+        """ApiError 401, 403 or 415 unless the caller may load and unload adapters."""
+        self._check_operator(request, _bearer(request), "Adapter loading is closed")
         content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type != "application/json":  # a web page may not send this type here without asking first
             raise ApiError(415, "Send the body as application/json.", "invalid_request_error")
+
+    def check_page(self, request: Request) -> None:
+        """ApiError 401 or 403 unless the caller may see the live page. Browsers send the admin key as the password of
+        HTTP's basic authentication."""
+        self._check_operator(request, _bearer(request) or _basic_password(request), "The live page is closed")
+
+    def _check_operator(self, request: Request, key: str, closed: str) -> None:
+        if self._api.admin_key is not None:
+            if not _same(key, self._api.admin_key):
+                raise ApiError(401, "This needs the admin key as bearer token.", "authentication_error")
+        elif not (self._api.admin_open_on_loopback and self._is_local and _from_this_machine(request)):
+            raise ApiError(403, f"{closed}: set api.admin_key in the configuration to open it.", "permission_error")
 
 
 def _bearer(request: Request) -> str:
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
     return key if scheme.lower() == "bearer" else ""
+
+
+def _basic_password(request: Request) -> str:
+    scheme, _, encoded = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "basic":
+        return ""
+    try:
+        return base64.b64decode(encoded, validate=True).decode().partition(":")[2]
+    except ValueError:
+        return ""
 
 
 def _same(given: str, known: str) -> bool:

@@ -17,7 +17,9 @@ from chameleon_ray.config import AppConfig
 from chameleon_ray.placement import CatalogStore, ClusterView, shared_follower
 from deployments.adapter_api import AdapterApi
 from deployments.http import CATALOG_RETRY_AFTER_S, Guard, answered, json_object, no_such_route, read_body, retry_after
+from deployments.live_page import LivePage
 from deployments.models import Models
+from deployments.on_demand import OnDemand
 from deployments.queues_api import all_queues
 from deployments.relay import Relay
 
@@ -78,16 +80,19 @@ def _http_host() -> str | None:
 class Ingress:
     """One of the application's front doors; all of them are alike and share nothing but Redis."""
 
-    def __init__(self, config: dict[str, Any], replica: DeploymentHandle):
+    def __init__(self, config: dict[str, Any], replica: DeploymentHandle[Any]):
         """config: an ``AppConfig`` dump. replica: the engine replicas' deployment."""
         self._config = AppConfig.model_validate(config)
         self._guard = Guard(self._config.api, _http_host())
         self._follower = shared_follower(self._config.redis)
         store = CatalogStore(self._config.redis, self._follower.view)
         self._replica = replica
-        self._models = Models(self._config, self._follower, store)
+        self._models = Models(
+            self._config, self._follower, store, OnDemand(self._config, self._follower, store, replica).find
+        )
         self._relay = Relay(self._config, self._models, replica)
         self._adapters = AdapterApi(self._config, self._follower, store, replica)
+        self._page = LivePage()
         self._retry_after_s = self._config.replicas.retry_after_s
 
     @app.post("/v1/chat/completions")
@@ -103,7 +108,7 @@ class Ingress:
     async def models(self, request: Request) -> Response:
         async def handler(request: Request) -> Response:
             self._guard.check_client(request)
-            return JSONResponse({"object": "list", "data": self._models.cards()})
+            return JSONResponse(self._models.page(request.query_params))
 
         return await answered(request, self._retry_after_s, handler)
 
@@ -119,10 +124,12 @@ class Ingress:
     async def load_lora_adapter(self, request: Request) -> Response:
         async def handler(request: Request) -> Response:
             self._guard.check_admin(request)
-            fields = json_object(await read_body(request, self._config), needed=("lora_name", "lora_path"))
-            replace = bool(fields.get("load_inplace"))
+            fields = json_object(
+                await read_body(request, self._config), needed=("lora_name", "lora_path"), may_have=("credentials",)
+            )
+            name, uri, replace = fields["lora_name"], fields["lora_path"], bool(fields.get("load_inplace"))
             return PlainTextResponse(
-                await self._adapters.load(fields["lora_name"], fields["lora_path"], replace=replace)
+                await self._adapters.load(name, uri, replace=replace, credentials=fields.get("credentials"))
             )
 
         return await answered(request, self._retry_after_s, handler)
@@ -151,6 +158,14 @@ class Ingress:
             return JSONResponse({"replicas": await all_queues(self._replica, self._follower.view().replicas)})
 
         return await answered(request, self._retry_after_s, handler)
+
+    @app.get("/chameleon/")
+    async def live_page(self, request: Request) -> Response:
+        async def handler(request: Request) -> Response:
+            self._guard.check_page(request)
+            return self._page.response()
+
+        return self._page.asking_for_key(await answered(request, self._retry_after_s, handler))
 
     @app.get("/health")
     async def health(self) -> Response:

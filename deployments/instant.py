@@ -5,17 +5,21 @@ measures it. Only vLLM is replaced; ingress, router, replica, adapters and Redis
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 from ray.serve import Application
 
+from chameleon_ray.adapters.modules import Module, ModuleTable
 from chameleon_ray.adapters.record import AdapterRecord
+from chameleon_ray.adapters.safetensors_header import read_header
 from chameleon_ray.engine.asgi import AsgiCall, Message, Receive, Send
-from chameleon_ray.engine.report import PolicyEvents
+from chameleon_ray.engine.launch import local_model_folder
+from chameleon_ray.engine.report import Activity, PolicyEvents
 from chameleon_ray.policy.adapter import Tier
-from chameleon_ray.policy.routing import ReplicaLoad
+from chameleon_ray.policy.replica_load import ReplicaLoad
+from chameleon_ray.progress import NO_PROGRESS, Progress
 from deployments.app import application
 from deployments.replica import Replica
 
@@ -24,16 +28,37 @@ class InstantEngine:
     """Stands where ``EngineServer`` does and answers completions with ``max_tokens`` tokens that cost nothing."""
 
     is_dead = False
-    adapter_memory = "slots"
+    adapter_memory = "stock"
 
-    def __init__(self) -> None:
+    def __init__(self, model_folder: Path) -> None:
+        self.module_table = _read_modules(model_folder)
         self.tiers: dict[str, Tier] = {}
 
-    def call(self, path: str, body: bytes, model: str, record: AdapterRecord | None, folder: Path | None) -> AsgiCall:
+    def call(
+        self,
+        path: str,
+        body: bytes,
+        model: str,
+        record: AdapterRecord | None,
+        folder: Path | None,
+        request_id: str | None = None,
+        earlier: Progress = NO_PROGRESS,
+    ) -> AsgiCall:
         return AsgiCall(_generate, path, body)
 
-    async def accept(self, record: AdapterRecord, folder: Path) -> None:
+    async def accept(self, record: AdapterRecord, folder: Path, *, whole: bool = False) -> None:
         self.tiers[record.digest] = Tier.GPU
+
+    @property
+    def known(self) -> Set[str]:
+        return self.tiers.keys()
+
+    async def retire(self, digests: Collection[str]) -> None:
+        for digest in digests:
+            del self.tiers[digest]
+
+    async def check_effect(self, record: AdapterRecord, folder: Path) -> None:
+        pass
 
     async def refresh_residency(self) -> None:
         pass
@@ -41,11 +66,11 @@ class InstantEngine:
     def policy_report(self) -> None:
         return None
 
+    def activity(self) -> Activity:
+        return Activity()
+
     def take_policy_events(self) -> PolicyEvents:
         return PolicyEvents()
-
-    def failures(self) -> Mapping[str, str]:
-        return {}
 
     def length_predictions(self) -> Mapping[str, int]:
         return {}
@@ -64,12 +89,19 @@ class InstantReplica(Replica):
     """The real replica around an ``InstantEngine``."""
 
     async def _start_engine(self) -> InstantEngine:
-        return InstantEngine()
+        return InstantEngine(local_model_folder(self._config.model))
 
 
 def build(args: dict[str, Any]) -> Application:
     """Like ``deployments.app:build``, with instant engines."""
     return application(args, InstantReplica)
+
+
+def _read_modules(folder: Path) -> ModuleTable:
+    """Every matrix of the model's weights, as what adapters may change."""
+    tensors = {name: entry for path in folder.glob("*.safetensors") for name, entry in read_header(path).items()}
+    shapes = {name.removesuffix(".weight"): entry.shape for name, entry in tensors.items() if len(entry.shape) == 2}
+    return ModuleTable({name: Module(name, *shape) for name, shape in shapes.items()})
 
 
 async def _generate(_scope: Mapping[str, Any], receive: Receive, send: Send) -> None:

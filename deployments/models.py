@@ -1,6 +1,9 @@
 """Which model a request means, from the process's copy of the catalog."""
 
+import heapq
+import re
 import time
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from chameleon_ray.adapters.catalog import split_model
@@ -13,17 +16,27 @@ from deployments.http import CATALOG_RETRY_AFTER_S
 LOOKUP_MEMORY_S = 0.5
 """A name that Redis did not know is not looked up again for this long."""
 MAX_ABSENT_NAMES = 10_000
+MAX_CARDS = 10_000
+"""Adapters in one answer of ``/v1/models``."""
 
 
 class Models:
     """The base model and the adapters of the catalog."""
 
-    def __init__(self, config: AppConfig, follower: ClusterFollower, store: CatalogStore):
+    def __init__(
+        self,
+        config: AppConfig,
+        follower: ClusterFollower,
+        store: CatalogStore,
+        find: Callable[[str], Awaitable[AdapterRecord | None]],
+    ):
+        """find: fetches what the catalog does not have, if that is a name to be fetched."""
         self.base = config.model.served_name
         self._source = config.model.source
         self._max_model_len = config.engine.max_model_len
         self._follower = follower
         self._store = store
+        self._find = find
         self._absent: dict[str, float] = {}
         self._started_s = int(time.time())
 
@@ -36,19 +49,27 @@ class Models:
         name = split_model(model, self.base)
         if name is None:
             return None
-        record = self._known_view().catalog.get(name) or await self._lookup(name)
+        record = self._known_view().catalog.get(name) or await self._lookup(name) or await self._find(name)
         if record is None:
             raise unknown_model(model)
         return record
 
-    def cards(self) -> list[dict[str, Any]]:
-        """``/v1/models``: the base model, then every adapter by name. ApiError 503 as ``resolve``."""
+    def page(self, query: Mapping[str, str]) -> dict[str, Any]:
+        """``/v1/models``: the base model, then the adapters by name, at most ``limit`` of them and those behind the
+        name ``after`` only. ApiError 400 for a limit that is no such number, 503 as ``resolve``."""
+        limit = query.get("limit", str(MAX_CARDS))
+        if not re.fullmatch("[0-9]{1,5}", limit) or not 1 <= int(limit) <= MAX_CARDS:
+            raise ApiError(400, f"'limit' must be from 1 to {MAX_CARDS}.", "invalid_request_error", param="limit")
         catalog = self._known_view().catalog
-        return [self.card(None), *(self.card(catalog[name]) for name in sorted(catalog))]
+        after = query.get("after", "")
+        names = heapq.nsmallest(int(limit) + 1, (name for name in catalog if name > after))
+        has_more = len(names) > int(limit)
+        cards = [self.card(catalog[name]) for name in names[: int(limit)]]
+        return {"object": "list", "data": cards if after else [self.card(None), *cards], "has_more": has_more}
 
     def card(self, record: AdapterRecord | None) -> dict[str, Any]:
-        """One entry of ``/v1/models``; None: the base model's."""
-        return {
+        """One entry of ``/v1/models``; None: the base model's. ``warnings``: what is odd about an adapter, if any."""
+        card: dict[str, Any] = {
             "id": record.name if record else self.base,
             "object": "model",
             "created": self._started_s,
@@ -57,6 +78,7 @@ class Models:
             "parent": self.base if record else None,
             "max_model_len": self._max_model_len,
         }
+        return card | {"warnings": list(record.warnings)} if record and record.warnings else card
 
     def _known_view(self) -> ClusterView:
         view = self._follower.view()

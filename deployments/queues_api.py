@@ -2,25 +2,28 @@
 
 import asyncio
 from collections.abc import Awaitable, Collection
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from chameleon_ray.engine.report import PolicyReport
-from chameleon_ray.policy.admission import QueueState
+from chameleon_ray.engine.report import RECENT_S, Activity, PolicyReport
 from chameleon_ray.policy.disciplines import UNLIMITED
+from deployments.engine import EngineReports
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 ANSWER_LIMIT_S = 2.0
 """A replica that takes longer is listed with an error instead."""
 
 
-def replica_queues(replica_id: str, engine: Any) -> dict[str, Any]:
-    """One replica's part of the answer, as JSON. engine: an ``EngineServer``.
+def replica_queues(replica_id: str, engine: EngineReports) -> dict[str, Any]:
+    """One replica's part of the answer, as JSON.
 
-    Without a report (adapters in vLLM's slots, or no request so far) only ``running`` and ``waiting`` are known.
+    Without a report (vLLM schedules by itself, or no request so far) what the policy decides is left out.
     """
     load, found = engine.load(), engine.policy_report()
     answer: dict[str, Any] = {
@@ -28,45 +31,51 @@ def replica_queues(replica_id: str, engine: Any) -> dict[str, Any]:
         "adapter_memory": engine.adapter_memory,
         "running": load.num_running,
         "waiting": load.num_waiting,
-    }
+    } | _activity(engine.activity())
     return answer if found is None else answer | _report(*found)
 
 
+def _activity(activity: Activity) -> dict[str, Any]:
+    return {
+        "kv_shares": {
+            "requests": activity.kv_requests_share,
+            "adapters": activity.kv_adapters_share,
+            "free": activity.kv_free_share,
+        },
+        "recent": {
+            "window_s": RECENT_S,
+            "requests_per_s": activity.requests_per_s,
+            "ttft_p50_s": activity.ttft_p50_s,
+            "ttft_p95_s": activity.ttft_p95_s,
+        },
+        "latest_evictions": [asdict(eviction) for eviction in activity.evictions],
+    }
+
+
 def _report(report: PolicyReport, age_s: float) -> dict[str, Any]:
-    state, cache = report.queues, asdict(report.cache)
+    state = _fields(report.queues)
+    del state["running"]  # as in the queues
     return {
         "age_s": round(age_s, 3),
         "waiting_for": dict(report.waiting),
         "oldest_waiting_s": round(report.oldest_waiting_s, 3),
-        "queues": [_queue(index, queue) for index, queue in enumerate(state.queues)],
-        "scheduler": {
-            "admissions": state.num_admissions,
-            "bypasses": state.num_bypasses,
-            "squashes": state.num_squashes,
-            "refreshes": state.num_refreshes,
-            "holds": state.num_holds,
-            "minima_scale": state.minima_scale,
-        },
-        "cache": cache | {"max_blocks": report.limits.max_blocks, "num_blocks": report.limits.num_blocks},
+        "queues": [{"queue": index, **_fields(queue)} for index, queue in enumerate(state.pop("queues"))],
+        "scheduler": state,
+        "cache": _fields(report.cache)
+        | {"max_blocks": report.limits.max_blocks, "num_blocks": report.limits.num_blocks},
         "predictions": asdict(report.accuracy),
     }
 
 
-def _queue(index: int, queue: QueueState) -> dict[str, Any]:
-    """JSON has no infinity: what has no bound is null."""
+def _fields(part: "DataclassInstance") -> dict[str, Any]:
+    """By name without ``num_``. JSON has no infinity: what has no bound is null."""
+    values = {one.name.removeprefix("num_"): getattr(part, one.name) for one in fields(part)}
     return {
-        "queue": index,
-        "max_size": None if queue.max_size == float("inf") else queue.max_size,
-        "waiting": queue.num_waiting,
-        "loading": queue.num_loading,
-        "running": queue.num_running,
-        "max_running": None if queue.max_running >= UNLIMITED else queue.max_running,
-        "quota_tokens": None if queue.quota_tokens >= UNLIMITED else queue.quota_tokens,
-        "used_tokens": queue.used_tokens,
+        name: None if isinstance(value, float | int) and value >= UNLIMITED else value for name, value in values.items()
     }
 
 
-async def all_queues(replica: DeploymentHandle, known: Collection[str]) -> list[dict[str, Any]]:
+async def all_queues(replica: DeploymentHandle[Any], known: Collection[str]) -> list[dict[str, Any]]:
     """Every live replica's answer to ``queues``, by replica id; who does not answer in time is listed with ``error``.
 
     known: ids of the replicas that report themselves alive.

@@ -2,20 +2,24 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import aclosing
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 from ray.exceptions import RayActorError
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.handle import DeploymentHandle
 
 from chameleon_ray import metrics
 from chameleon_ray.adapters.record import AdapterRecord
 from chameleon_ray.config import AppConfig
 from chameleon_ray.openai_errors import ApiError, sse_error
 from deployments.http import json_object, read_body, retry_after
+from deployments.migration import MigratingRequest
 from deployments.models import Models
+from deployments.parts import Part, RelayedRequest
 
 logger = logging.getLogger("ray.serve")
 
@@ -26,7 +30,7 @@ FOREIGN_ADAPTER_FIELDS = ("lora_path", "lora_name", "lora_request", "adapter_id"
 class Relay:
     """Hands requests to the replica that the router chooses and passes its answer on, byte for byte."""
 
-    def __init__(self, config: AppConfig, models: Models, replica: DeploymentHandle):
+    def __init__(self, config: AppConfig, models: Models, replica: DeploymentHandle[Any]):
         self._config = config
         self._models = models
         self._replica = replica
@@ -39,40 +43,27 @@ class Relay:
         # a model of a wrong type is the replica's to refuse: it knows the protocol
         record = await self._models.resolve(model) if isinstance(model, str) else None
         check_adapter_fields(fields, record)
-        call = (request.url.path, body, model, record)
-        relayed = self._stream(record, call) if fields.get("stream") else self._whole(record, call)
-        return await _while_connected(request, relayed)
+        request_id = None if fields.get("request_id") else uuid.uuid4().hex
+        call = RelayedRequest(request.url.path, body, model, record, request_id, bool(fields.get("stream")))
+        answer = self._replica.options(method_name="answer", stream=True, multiplexed_model_id=_affinity(record))
+        parts = MigratingRequest(answer, call, self._config.relay).parts()
+        return await _while_connected(request, _response(parts, call.is_streamed))
 
-    async def _whole(self, record: AdapterRecord | None, call: tuple[Any, ...]) -> Response:
-        answer = self._replica.options(method_name="answer", multiplexed_model_id=_affinity(record))
 
-        async def attempt() -> Any:
-            response = answer.remote(*call)
-            try:
-                return await response
-            except asyncio.CancelledError:
-                response.cancel()
-                raise
-
-        status, media_type, content, engine_s, retry_after_s = await once_more(attempt)
-        headers = _timing(engine_s) | retry_after(retry_after_s)
-        return Response(content, status_code=status, media_type=media_type, headers=headers)
-
-    async def _stream(self, record: AdapterRecord | None, call: tuple[Any, ...]) -> Response:
-        stream = self._replica.options(method_name="stream", stream=True, multiplexed_model_id=_affinity(record))
-
-        async def begin() -> tuple[DeploymentResponseGenerator[Any], Any]:
-            parts = stream.remote(*call)
-            try:
-                return parts, await anext(parts)
-            except asyncio.CancelledError:
-                parts.cancel()
-                raise
-
-        parts, (status, media_type, first, engine_s, retry_after_s) = await once_more(begin)
-        if status != 200:
-            return Response(first, status_code=status, media_type=media_type, headers=retry_after(retry_after_s))
-        return StreamingResponse(_rest(parts, first), media_type=media_type, headers=_timing(engine_s))
+async def _response(parts: AsyncGenerator[Part, None], is_streamed: bool) -> Response:
+    """The answer as soon as its first content is there."""
+    try:
+        first = await anext(parts)
+    except BaseException:
+        await parts.aclose()
+        raise
+    head = first.head
+    assert head is not None
+    headers = {"Server-Timing": f"engine;dur={head.engine_s * 1e3:.2f}"} | retry_after(head.retry_after_s)
+    if is_streamed and head.status == 200:
+        return StreamingResponse(_rest(parts, first.content), media_type=head.media_type, headers=headers)
+    content = first.content + b"".join([part.content async for part in parts])
+    return Response(content, status_code=head.status, media_type=head.media_type, headers=headers)
 
 
 def check_adapter_fields(fields: dict[str, Any], record: AdapterRecord | None) -> None:
@@ -115,19 +106,16 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _rest(parts: DeploymentResponseGenerator[Any], first: bytes) -> AsyncIterator[bytes]:
-    """A stream's body. A replica that fails ends it with an error event, never silently."""
+async def _rest(parts: AsyncGenerator[Part, None], first: bytes) -> AsyncIterator[bytes]:
+    """A stream's body. One that cannot be completed ends with an error event, never silently."""
     try:
-        yield first
-        async for part in parts:
-            yield part
-    except (asyncio.CancelledError, GeneratorExit):  # the client has gone
-        parts.cancel()
-        raise
-    except RayActorError as error:
-        logger.warning("a replica died while it streamed: %s", error)
+        async with aclosing(parts):
+            yield first
+            async for part in parts:
+                yield part.content
+    except ApiError as error:
         metrics.BROKEN_STREAMS.counter().inc()
-        yield sse_error(502, "The replica serving this request died; the answer is incomplete.", "replica_died")
+        yield sse_error(error.status, error.message, error.kind)
     except Exception:
         logger.exception("a stream failed")
         metrics.BROKEN_STREAMS.counter().inc()
@@ -146,11 +134,6 @@ async def once_more(attempt: Callable[[], Awaitable[Any]]) -> Any:
     except RayActorError as error:
         message = "Two replicas died while they served this request; try again."
         raise ApiError(502, message, "replica_died", retry_after_s=1) from error
-
-
-def _timing(engine_s: float) -> dict[str, str]:
-    """What the engine took, for whoever wonders where the time went (a stream: until its first token)."""
-    return {"Server-Timing": f"engine;dur={engine_s * 1e3:.2f}"}
 
 
 def _affinity(record: AdapterRecord | None) -> str:

@@ -5,20 +5,23 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from chameleon_ray.adapters.base_model import BaseModelShapes
 from chameleon_ray.adapters.catalog import AdapterLibrary
 from chameleon_ray.adapters.errors import AdapterError, AdapterRetryLaterError
 from chameleon_ray.adapters.local import LocalAdapters
+from chameleon_ray.adapters.modules import ModuleTable
 from chameleon_ray.adapters.record import AdapterRecord
 from chameleon_ray.config import AppConfig
+from chameleon_ray.engine.asgi import AsgiCall
 from chameleon_ray.engine.launch import local_model_folder, start_engine
 from chameleon_ray.openai_errors import JSON, ApiError
 from chameleon_ray.placement import (
@@ -28,16 +31,20 @@ from chameleon_ray.placement import (
     ReplicaReport,
     shared_follower,
 )
-from chameleon_ray.policy.adapter import Tier
+from chameleon_ray.progress import Progress
+from deployments.engine import Engine
+from deployments.parts import AnswerHead, Part, RelayedRequest
 from deployments.policy_metrics import PolicyMetrics
 from deployments.queues_api import replica_queues
-from deployments.tiers import ReplicaTiers
+from deployments.tiers import CatalogDigests, let_go, merge_tiers
 
 logger = logging.getLogger("ray.serve")
 
-Answer = tuple[int, str, bytes, float, float | None]
-"""HTTP status, media type, body (of a stream: its first part), seconds in the engine (of a stream: until that part),
-seconds after which to try again (of an error that may pass)."""
+PROGRESS_PAUSE_S = 0.25
+"""Pause between two reports on an answer that is not streamed."""
+
+WORDS_PER_SILENCE = 5
+"""How many words of a replica must be lost before the ingress takes it for silent."""
 
 REDIS_START_S = 10.0
 """A replica that starts together with Redis waits so long for it before it goes on without."""
@@ -46,24 +53,31 @@ REDIS_START_S = 10.0
 class Replica:
     """One engine, its adapter library and its placement reports."""
 
-    async def __init__(self, config: dict[str, Any], redis: DeploymentHandle | None = None):
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: dict[str, Any], redis: "DeploymentHandle[Any] | None" = None
+    ):
         """config: an ``AppConfig`` dump. redis: the bundled server's deployment, named so that Serve starts it."""
         self._config = AppConfig.model_validate(config)
         self._id = serve.get_replica_context().replica_id.unique_id
         self._num_streams = 0
         self._metrics = PolicyMetrics()
-        self._tiers = ReplicaTiers()
-        self._reporter: asyncio.Task[None] | None = None
-        model_folder = await asyncio.to_thread(local_model_folder, self._config.model)
-        shapes = await asyncio.to_thread(BaseModelShapes.from_folder, model_folder)
-        self._library = AdapterLibrary(self._config.adapters, shapes, self._config.model.served_name)
+        self._named = CatalogDigests()
+        self._tasks: list[asyncio.Task[None]] = []
+        await asyncio.to_thread(local_model_folder, self._config.model)
+        table: Future[ModuleTable] = Future()
+        self._library = AdapterLibrary(self._config.adapters, self._config.model, table)
         self._node_id = ray.get_runtime_context().get_node_id()
         self._follower = shared_follower(self._config.redis)
         self._store = CatalogStore(self._config.redis, self._follower.view)
         self._publisher = ReplicaPublisher(self._id, self._node_id, self._config.redis)
         self._unregistered: list[AdapterRecord] = []
         scan = asyncio.create_task(self._register_configured())
-        self._engine = await self._start_engine()
+        try:
+            self._engine = await self._start_engine()
+            table.set_result(self._engine.module_table)
+        except BaseException as error:
+            table.set_exception(error)  # The scan waits for it in a thread.
+            raise
         self._adapters = LocalAdapters(
             self._library,
             self._engine.accept,
@@ -72,58 +86,94 @@ class Replica:
             time.monotonic,
         )
         await scan
-        self._reporter = asyncio.create_task(self._report_forever())
+        self._tasks = [asyncio.create_task(self._repeat(work)) for work in (self._report, self._let_go)]
+        if (refresh_s := self._config.adapters.refresh_s) is not None:
+            self._tasks.append(asyncio.create_task(self._refresh_forever(refresh_s)))
         logger.info("replica %s serves %s", self._id, self._config.model.served_name)
 
-    async def answer(self, path: str, body: bytes, model: str, record: AdapterRecord | None) -> Answer:
-        """A whole OpenAI request that is not streamed. ``record``: the adapter's; None for the base model."""
-        try:
-            async with self._serving(path, body, model, record) as call:
-                head, content = await call.head(), await call.body()
-                return head.status, head.media_type, content, call.age_s, None
-        except ApiError as error:
-            return _error_answer(error)
-        finally:
-            self._die_with_engine()
+    async def answer(self, request: RelayedRequest, earlier: Progress) -> AsyncGenerator[Part, None]:
+        """An OpenAI request. earlier: what a replica that died had made of the answer.
 
-    async def stream(
-        self, path: str, body: bytes, model: str, record: AdapterRecord | None
-    ) -> AsyncGenerator[Answer | bytes, None]:
-        """A streamed OpenAI request: first an ``Answer`` with the first part of the body, then further parts.
-
-        Nothing is sent before the first token is there, so that the ingress can go elsewhere until then.
+        Nothing of a stream is sent before its first token is there, so that the ingress can go elsewhere until then.
         """
-        self._num_streams += 1
+        self._num_streams += request.is_streamed
         try:
-            async with self._serving(path, body, model, record) as call:
-                head, begun = await call.head(), False
-                async for chunk in call.chunks(self._pause_s):
-                    self._die_with_engine()  # before vLLM's own word on it counts as the stream's first part
-                    yield chunk if begun else (head.status, head.media_type, chunk, call.age_s, None)
-                    begun = True
-                if not begun:
-                    yield head.status, head.media_type, b"", call.age_s, None
+            async with contextlib.AsyncExitStack() as stack:
+                opening = asyncio.create_task(stack.enter_async_context(self._serving(request, earlier)))
+                try:
+                    async for part in self._opened(opening, request.is_streamed):
+                        self._die_with_engine()  # before vLLM's own word on it counts as a part of the answer
+                        yield part
+                finally:
+                    opening.cancel()
+                    await asyncio.gather(opening, return_exceptions=True)
         except ApiError as error:
-            yield _error_answer(error)
+            yield Part(error.body, head=AnswerHead(error.status, JSON, 0.0, error.retry_after_s))
         finally:
-            self._num_streams -= 1
+            self._num_streams -= request.is_streamed
             self._die_with_engine()
 
-    async def inspect_adapter(self, name: str, uri: str) -> AdapterRecord | ApiError:
-        """Fetch and validate an adapter for a run-time load; nothing is registered."""
+    async def _opened(self, opening: asyncio.Task[AsgiCall], is_streamed: bool) -> AsyncIterator[Part]:
+        """The answer of the call that is being opened; an empty part whenever there is nothing else for a while."""
+        word_s = self._config.relay.max_silence_s / WORDS_PER_SILENCE
+        while not (await asyncio.wait({opening}, timeout=word_s))[0]:
+            yield Part()
+        call = opening.result()
+        async for part in self._streamed(call, word_s) if is_streamed else _whole(call, min(PROGRESS_PAUSE_S, word_s)):
+            yield part
+
+    async def _streamed(self, call: AsgiCall, word_s: float) -> AsyncIterator[Part]:
+        answer: AnswerHead | None = None
+        async for chunk in call.chunks(self._pause_s, word_s):
+            progress = call.take_progress()
+            if chunk and answer is None:
+                head = await call.head()
+                answer = AnswerHead(head.status, head.media_type, call.age_s)
+                yield Part(chunk, progress, answer)
+            else:
+                yield Part(chunk, progress)
+        if answer is None:
+            head = await call.head()
+            yield Part(head=AnswerHead(head.status, head.media_type, call.age_s))
+
+    async def inspect_adapter(self, name: str, uri: str, credentials: str | None) -> AdapterRecord | ApiError:
+        """Fetch and validate an adapter for a run-time load, and probe its effect; nothing is registered."""
+        inspect = partial(self._library.inspect, name, uri, credentials)
         try:
-            return await asyncio.to_thread(self._library.inspect, name, uri)
+            record = await asyncio.get_running_loop().run_in_executor(self._adapters.fetches, inspect)
         except AdapterError as error:
-            return _api_error(error, param="lora_path")
+            return self._api_error(error, param="lora_path")
+        if self._config.adapters.check_effect == "probe":
+            return await self._tried(record, self._engine.check_effect) or record
+        return record
 
     async def prepare_adapter(self, record: AdapterRecord) -> ApiError | None:
-        """Make the adapter's files local and have the engine load it once: after this it can be served from here."""
+        """Make the adapter's files local and have the engine try all of it: after this it can be served from here."""
+
+        async def accept(record: AdapterRecord, folder: Path) -> None:
+            await self._engine.accept(record, folder, whole=True)
+
+        return await self._tried(record, accept)
+
+    async def _tried(
+        self, record: AdapterRecord, trial: Callable[[AdapterRecord, Path], Awaitable[None]]
+    ) -> ApiError | None:
+        """What is wrong with an adapter that is being loaded: brought here, accepted by the engine, and tried."""
         self._adapters.forget_failure(record.digest)
         try:
-            async with self._adapters.use(record):
+            async with self._adapters.use(record) as folder:
+                await trial(record, folder)
                 return None
         except AdapterError as error:
-            return _api_error(error, param="lora_path")
+            self._adapters.forget_failure(record.digest)  # Nobody will ask for it.
+            return self._api_error(error, param="lora_path")
+
+    async def resolve_adapter(self, name: str, uri: str, credentials: str | None) -> AdapterRecord | ApiError:
+        """Fetch, validate and try an adapter that a rule of ``adapters.resolve`` is about; nothing is registered."""
+        found = await self.inspect_adapter(name, uri, credentials)
+        if isinstance(found, ApiError):
+            return found
+        return await self.prepare_adapter(found) or found.model_copy(update={"origin": "config"})
 
     async def queues(self) -> dict[str, Any]:
         """The live queues and adapter cache of this replica, for ``/v1/chameleon/queues``."""
@@ -135,9 +185,10 @@ class Replica:
 
     async def __del__(self) -> None:
         """Called by Serve once running requests have drained."""
-        if self._reporter is not None:
-            self._reporter.cancel()
-            await asyncio.gather(self._reporter, return_exceptions=True)
+        if self._tasks:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
             await self._publisher.withdraw()
             await self._store.close()
         if hasattr(self, "_adapters"):
@@ -153,19 +204,33 @@ class Replica:
             self._engine.shutdown()
             os._exit(1)
 
-    async def _start_engine(self) -> Any:
+    async def _start_engine(self) -> Engine:
         return await start_engine(self._config)
 
     @contextlib.asynccontextmanager
-    async def _serving(self, path: str, body: bytes, model: str, record: AdapterRecord | None) -> AsyncIterator[Any]:
+    async def _serving(self, request: RelayedRequest, earlier: Progress) -> AsyncIterator[AsgiCall]:
+        record = request.record
         try:
             async with (
                 contextlib.nullcontext() if record is None else self._adapters.use(record) as folder,
-                self._engine.call(path, body, model, record, folder) as call,
+                self._engine.call(
+                    request.path, request.body, request.model, record, folder, request.request_id, earlier
+                ) as call,
             ):
                 yield call
         except AdapterError as error:
-            raise _api_error(error) from error
+            if record is not None:
+                self._adapters.note_failure(record, error)
+            raise self._api_error(error) from error
+
+    def _api_error(self, error: AdapterError, param: str = "model") -> ApiError:
+        """The answer to a client; who may try again is told when."""
+        retry_after_s = None
+        if isinstance(error, AdapterRetryLaterError):
+            retry_after_s = error.retry_after_s
+        elif error.http_status >= 500:
+            retry_after_s = self._config.adapters.retry_after_s
+        return ApiError(error.http_status, str(error), error.code, param=param, retry_after_s=retry_after_s)
 
     def _pause_s(self) -> float:
         """Pause between two events of one stream, so that all streams together stay below the configured rate."""
@@ -188,21 +253,62 @@ class Replica:
         except PlacementUnavailableError as error:
             logger.warning("%d adapters are not in the catalog yet: %s", len(self._unregistered), error)
 
-    async def _report_forever(self) -> None:
+    async def _repeat(self, work: Callable[[], Awaitable[None]]) -> None:
         while True:
             try:
-                if self._unregistered:
-                    await self._register_pending()
-                self._adapters.sweep()
-                await self._engine.refresh_residency()
-                stored = await asyncio.to_thread(self._stored)
-                tiers = self._tiers.merge(self._engine.tiers, stored, self._follower.view().catalog)
-                await self._publisher.publish(self._report(tiers), time.monotonic())
-                self._metrics.publish(self._engine, tiers)
+                await work()
             except Exception:
                 self._die_with_engine()
-                logger.exception("a placement report failed; the next one follows")
+                logger.exception("a round of the replica's own work failed; the next one follows")
             await asyncio.sleep(self._config.redis.heartbeat_s)
+
+    async def _report(self) -> None:
+        if self._unregistered:
+            await self._register_pending()
+        await self._engine.refresh_residency()
+        stored = await asyncio.to_thread(self._stored)
+        view = self._follower.view()
+        tiers = merge_tiers(self._engine.tiers, stored, self._named.of(view.catalog))
+        report = ReplicaReport(
+            replica_id=self._id,
+            node_id=self._node_id,
+            load=self._engine.load(),
+            tiers=tiers,
+            failed=self._adapters.failures(),
+            catalog_version=view.catalog_version,
+        )
+        await self._publisher.publish(report, time.monotonic())
+        self._metrics.publish(self._engine, tiers)
+
+    async def _let_go(self) -> None:
+        """See ``let_go``. A catalog that cannot be followed may lack what others load meanwhile: nothing happens."""
+        view = self._follower.view()
+        if view.connected:
+            await let_go(self._adapters, self._engine, self._named.of(view.catalog))
+
+    async def _refresh_forever(self, pause_s: float) -> None:
+        """Keep the catalog as the sources are; of all replicas, the one with the first name does it."""
+        while True:
+            await asyncio.sleep(pause_s)
+            try:
+                view = self._follower.view()
+                if self._id == min({self._id, *view.replicas}):
+                    await self._refresh({**view.tombstones, **view.catalog})
+            except Exception as error:
+                logger.warning("the adapters' sources could not be looked at, the next look follows: %s", error)
+
+    async def _refresh(self, known: Mapping[str, AdapterRecord]) -> None:
+        changes = await asyncio.to_thread(self._library.refresh, known)
+        for record in changes.changed:
+            problem = await self.prepare_adapter(record)
+            if problem is None:
+                await self._store.put_config(record)
+                logger.info("adapter %s is now %s", record.name, record.id.short)
+            else:
+                logger.warning("adapter %s stays as it was: %s", record.name, problem)
+        for name in changes.gone:
+            await self._store.withdraw(name)
+            logger.info("adapter %s is gone from its source", name)
 
     def _stored(self) -> frozenset[str]:
         """Digests of the adapters in the node's store; none while it cannot be read."""
@@ -212,21 +318,15 @@ class Replica:
             logger.error("%s", error)
             return frozenset()
 
-    def _report(self, tiers: Mapping[str, Tier]) -> ReplicaReport:
-        return ReplicaReport(
-            replica_id=self._id,
-            node_id=self._node_id,
-            load=self._engine.load(),
-            tiers=tiers,
-            failed={**self._engine.failures(), **self._adapters.failures()},
-            catalog_version=self._follower.view().catalog_version,
-        )
 
-
-def _error_answer(error: ApiError) -> Answer:
-    return error.status, JSON, error.body, 0.0, error.retry_after_s
-
-
-def _api_error(error: AdapterError, param: str = "model") -> ApiError:
-    retry_after_s = error.retry_after_s if isinstance(error, AdapterRetryLaterError) else None
-    return ApiError(error.http_status, str(error), error.code, param=param, retry_after_s=retry_after_s)
+async def _whole(call: AsgiCall, pause_s: float) -> AsyncIterator[Part]:
+    """The progress of an answer that is not streamed, as it grows, and then the answer."""
+    body = asyncio.create_task(call.body())
+    try:
+        while not (await asyncio.wait({body}, timeout=pause_s))[0]:
+            yield Part(progress=call.take_progress())
+        head, content = await call.head(), body.result()
+        yield Part(content, head=AnswerHead(head.status, head.media_type, call.age_s))
+    finally:
+        body.cancel()
+        await asyncio.gather(body, return_exceptions=True)
