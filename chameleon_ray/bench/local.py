@@ -5,6 +5,7 @@ engines, the throughput with engines that generate at once (``deployments.instan
 """
 
 import concurrent.futures
+import itertools
 import json
 import statistics
 import tempfile
@@ -24,6 +25,8 @@ NUM_REQUESTS = 300
 NUM_STREAMS = 16
 TOKENS_PER_STREAM = 4000
 PERCENTILES = (50, 99)
+REPORT_S = 1.5
+"""Longer than a replica takes to report, and the ingress to hear of it."""
 IDLE_PERCENT, SETTLE_S, SETTLE_LIMIT_S = 20.0, 3.0, 60.0
 
 
@@ -37,8 +40,9 @@ def run(config: Path, json_path: Path | None, say: Callable[[str], None] = print
         measured["start_to_first_token_s"] = time.monotonic() - began_s
         measured["memory_pss_gib"] = _memory_gib()
         _settle(say)
-        for name, model in (("base", models[0]), ("adapter", models[-1])):
-            measured |= {f"{name}_{key}": value for key, value in _overhead(launcher.url, model, say).items()}
+        in_turn = _adapter_of_each_replica(launcher.url, models[1:])
+        for name, asked in (("base", models[:1]), ("adapter", models[-1:]), ("adapters_in_turn", in_turn)):
+            measured |= {f"{name}_{key}": value for key, value in _overhead(launcher.url, asked, say).items()}
     say("2/2 the same with engines that generate at once")
     with tempfile.TemporaryDirectory() as folder, _running(_instant(config, Path(folder)), say) as (launcher, _):
         measured["streamed_tokens_s"] = _throughput(launcher.url, _models(launcher.url)[-1])
@@ -101,12 +105,32 @@ def _settle(say: Callable[[str], None]) -> None:
         say("     the machine does not become idle: latencies include what else it does")
 
 
-def _overhead(url: str, model: str, say: Callable[[str], None]) -> dict[str, float]:
-    """Client's latency less the engine's own time for the very same request (Server-Timing), in milliseconds."""
-    body = {"model": model, "prompt": "Hello", "max_tokens": 1}
+def _adapter_of_each_replica(url: str, adapters: list[str]) -> list[str]:
+    """One adapter for each replica, which it alone has in its GPU memory (a CPU replica's KV memory)."""
+    for adapter in adapters:
+        _request(url, adapter)
+        time.sleep(REPORT_S)
+        held = _held(url)
+        alone = [own - set().union(*(other for other in held if other is not own)) for own in held]
+        if all(alone):
+            return [min(own) for own in alone]
+    raise RuntimeError(f"{len(adapters)} adapters, requested one after the other, did not reach every replica: {held}")
+
+
+def _held(url: str) -> list[set[str]]:
+    """The adapters in each replica's GPU memory."""
+    placement = httpx.get(f"{url}/v1/chameleon/placement").raise_for_status().json()
+    return [{name for name, tier in one["adapters"].items() if tier == "gpu"} for one in placement["replicas"]]
+
+
+def _overhead(url: str, models: list[str], say: Callable[[str], None]) -> dict[str, float]:
+    """Client's latency less the engine's own time for the very same request (Server-Timing), in milliseconds; the
+    models are asked in turn."""
+    bodies = itertools.cycle({"model": model, "prompt": "Hello", "max_tokens": 1} for model in models)
     total, overhead = [], []
     with httpx.Client(base_url=url, timeout=120.0) as client:
         for number in range(NUM_REQUESTS + NUM_REQUESTS // 10):
+            body = next(bodies)
             began_s = time.perf_counter()
             answer = client.post("/v1/completions", json=body).raise_for_status()
             seconds = time.perf_counter() - began_s
@@ -115,7 +139,7 @@ def _overhead(url: str, model: str, say: Callable[[str], None]) -> dict[str, flo
             total.append(seconds * 1e3)
             overhead.append(seconds * 1e3 - float(answer.headers["server-timing"].partition("dur=")[2]))
     median, around = statistics.median(total), statistics.median(overhead)
-    say(f"     {model}: {median:.1f} ms a request, {around:.1f} ms of it around the engine")
+    say(f"     {', '.join(models)}: {median:.1f} ms a request, {around:.1f} ms of it around the engine")
     return {f"overhead_p{p}_ms": _percentile(overhead, p) for p in PERCENTILES}
 
 

@@ -1,4 +1,7 @@
-"""What policy decisions cost: one scheduler step with 1,000 queued requests, one cache plan, one routing decision.
+"""What policy decisions cost: a replica's step with 1,000 queued requests, its plan for adapters, a routing decision.
+
+The steps are those of ``ReplicaPolicy``, driven as an engine drives it. The time of a step is that of all calls since
+the step before: arrivals, ends, loads that completed, admissions, and the plan for adapters, which is also shown alone.
 
 Measured in the thread's CPU time: what other processes take from a busy machine is not the policy's. They also slow it
 down, through shared caches, so that everything is done several times and the least time of each step counts: the steps
@@ -8,19 +11,21 @@ are the same every time.
 import json
 import random
 import sys
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import thread_time_ns
+from typing import TypeVar
 
 from chameleon_ray.policy.adapter import Adapter, Tier
-from chameleon_ray.policy.admission import Admission
-from chameleon_ray.policy.cache import AdapterCache, CacheConfig, Plan, State
+from chameleon_ray.policy.admission import Obstacle
+from chameleon_ray.policy.cache_types import CacheConfig, Plan
 from chameleon_ray.policy.disciplines import QueueOptions
-from chameleon_ray.policy.queues import RequestQueues
-from chameleon_ray.policy.routing import LoadCosts, ReplicaLoad, ReplicaView, rank_replicas
-from chameleon_ray.policy.shortlist import ReplicaTable
+from chameleon_ray.policy.replica import ReplicaConfig, ReplicaPolicy
+from chameleon_ray.policy.replica_load import ReplicaLoad
+from chameleon_ray.policy.replica_table import ReplicaTable, ReplicaView
+from chameleon_ray.policy.routing import LoadCosts, rank_replicas
 from chameleon_ray.policy.sizing import QueuedRequest, SizingOptions
 
 NUM_QUEUED = 1000
@@ -36,6 +41,9 @@ BLOCK_TOKENS = 16
 LABELS = ("p50", "p99", "max")
 RANK_BYTES = 2_500_000
 """KV cache and adapter bytes of a 7-billion-parameter model with 16-bit weights; pool sizes below are in blocks."""
+
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +64,7 @@ SCENARIOS = (
 
 
 class _Replica:
-    """Queues and cache with a batch that ends by the clock: a driver without an engine."""
+    """Drives the product's ``ReplicaPolicy`` with a batch that ends by the clock, and times what it calls."""
 
     def __init__(self, scenario: Scenario, rng: random.Random) -> None:
         self._scenario = scenario
@@ -66,84 +74,65 @@ class _Replica:
         self._weights = [1 / (1 + i // 5) for i in range(NUM_ADAPTERS)]
         self._blocks = {a.digest: -(-a.size_bytes // (BLOCK_TOKENS * KV_TOKEN_BYTES)) for a in self._adapters}
         pool = scenario.pool_blocks
-        self.cache = AdapterCache(CacheConfig(max_blocks=pool, host_bytes=scenario.host_gib << 30))
+        config = ReplicaConfig(
+            CacheConfig(max_blocks=pool, host_bytes=scenario.host_gib << 30),
+            QueueOptions(pool * BLOCK_TOKENS, SizingOptions(KV_TOKEN_BYTES), max_running=MAX_RUNNING),
+            block_tokens=BLOCK_TOKENS,
+        )
+        self.policy = ReplicaPolicy(config, self)
         for adapter in self._adapters:
-            self.cache.add(adapter, self._blocks[adapter.digest])
-        options = QueueOptions(pool * BLOCK_TOKENS, SizingOptions(KV_TOKEN_BYTES), max_running=MAX_RUNNING)
-        self.queues = RequestQueues("chameleon", options, self)
-        self._running: dict[str, tuple[QueuedRequest, float]] = {}
+            self.policy.add_adapter(adapter, self._blocks[adapter.digest])
+        self._running: dict[str, tuple[int, float]] = {}
         self._under_way: list[tuple[int, bool, str]] = []
-        self._users: Counter[str] = Counter()
-        self._held: dict[str, int] = {}
-        self._blocked: str | None = None
-        self._kv_blocks = 0
+        self._used_blocks = 0
         self._num_requests = 0
         self._num_steps = 0
+        self._spent_ns = 0
 
-    def admission(self, request: QueuedRequest) -> Admission:
-        """See ``AdapterRoom``."""
-        if request.adapter is None or self.cache.state(request.adapter.digest) is State.RESIDENT:
-            return Admission.READY
-        return Admission.NO_ROOM if request.adapter.digest == self._blocked else Admission.LOADING
+    def free_blocks(self) -> int:
+        """See ``BlockPool``."""
+        return self._scenario.pool_blocks - self._used_blocks
 
-    def ends_needed(self, request: QueuedRequest, leaving: Sequence[str]) -> int | None:
-        """See ``AdapterRoom``."""
-        users: dict[str, int] = {}
-        used = self._kv_blocks + sum(self._blocks[digest] for digest in self._users)
-        used += sum(self._blocks[digest] for _, is_load, digest in self._under_way if is_load)
-        used += self._blocks[request.adapter.digest] if request.adapter else 0
-        for count in range(len(leaving) + 1):
-            if count:
-                ended, _ = self._running[leaving[count - 1]]
-                used -= _kv_blocks(ended)
-                if ended.adapter:
-                    digest = ended.adapter.digest
-                    users[digest] = users.get(digest, self._users[digest]) - 1
-                    used -= 0 if users[digest] else self._blocks[digest]
-            if used <= self._scenario.pool_blocks:
-                return count
-        return None
+    def kv_blocks(self, request_id: str) -> int:
+        """See ``BlockPool``."""
+        return self._running[request_id][0]
 
     def step(self, now_s: float) -> tuple[int, int]:
-        """One step; nanoseconds spent in the queues and in the cache's plan and commit."""
+        """One step with all that came before it; nanoseconds spent in the policy, and those of them in the plan."""
+        policy, timed = self.policy, self._timed
         self._num_steps += 1
-        ended = [request_id for request_id, (_, end_s) in self._running.items() if end_s <= now_s]
-        arrived = [self._request() for _ in range(NUM_QUEUED - self.queues.num_waiting)]
-        self._end(ended, now_s)
-        for request in arrived:
-            if request.adapter:
-                self.cache.enqueue(request.request_id, request.adapter.digest, now_s)
-        cache_ns = self._load(now_s)
+        self._spent_ns = 0
+        self._end_reading()
+        for request_id in [request_id for request_id, (_, end_s) in self._running.items() if end_s <= now_s]:
+            self._leave_batch(request_id)
+            timed(policy.finish, request_id, now_s, 100)
+        for _ in range(NUM_QUEUED - policy.num_waiting):
+            timed(policy.arrive, self._request(), now_s)
+        for request_id in timed(policy.squashes):
+            self._leave_batch(request_id)
+            timed(policy.requeue, request_id, now_s, squashed=True)
+        timed(policy.begin_step, now_s)
+        while len(self._running) < MAX_RUNNING and (request := timed(policy.peek)) is not None:
+            num_blocks = -(-(request.num_prompt_tokens + request.num_predicted_tokens) // BLOCK_TOKENS)
+            short = num_blocks - self.free_blocks()
+            if short > 0:
+                make_room = partial(policy.make_room, for_request=request.request_id, or_nothing=True)
+                self._carry_out(timed(make_room, short, now_s))
+            if num_blocks > self.free_blocks():
+                timed(policy.pass_over, request.request_id, Obstacle.NO_MEMORY)
+                continue
+            timed(policy.admit, request.request_id, now_s)
+            self._running[request.request_id] = (num_blocks, now_s + request.num_predicted_tokens * STEP_S)
+            self._used_blocks += num_blocks
+        before_ns = self._spent_ns
+        self._carry_out(timed(policy.end_step, now_s))
+        return self._spent_ns, self._spent_ns - before_ns
 
+    def _timed(self, method: Callable[..., _Result], *args: object, **options: object) -> _Result:
         start_ns = thread_time_ns()
-        for request_id in ended:
-            self.queues.finish(request_id, now_s, 100)
-        for request in arrived:
-            self.queues.add(request, now_s)
-        squashed = self.queues.squashes()
-        queues_ns = thread_time_ns() - start_ns
-        for request_id in squashed:
-            self._stop(request_id, now_s)
-        start_ns = thread_time_ns()
-        for request_id in squashed:
-            self.queues.requeue(request_id, now_s, squashed=True)
-        self.queues.begin_step(now_s)
-        queues_ns += thread_time_ns() - start_ns
-        while len(self._running) < MAX_RUNNING:
-            start_ns = thread_time_ns()
-            candidate = self.queues.peek()
-            queues_ns += thread_time_ns() - start_ns
-            if candidate is None or not self._make_room(candidate, now_s):
-                break
-            start_ns = thread_time_ns()
-            self.queues.admit(candidate.request_id)
-            queues_ns += thread_time_ns() - start_ns
-            self._start(candidate, now_s)
-        return queues_ns, cache_ns
-
-    @property
-    def _free_blocks(self) -> int:
-        return self._scenario.pool_blocks - self._kv_blocks - sum(self._held.values())
+        result = method(*args, **options)
+        self._spent_ns += thread_time_ns() - start_ns
+        return result
 
     def _request(self) -> QueuedRequest:
         self._num_requests += 1
@@ -151,63 +140,19 @@ class _Replica:
         adapter = None if self._rng.random() < 0.05 else self._rng.choices(self._adapters, self._weights)[0]
         return QueuedRequest(f"request-{self._num_requests}", prompt, output, adapter)
 
-    def _make_room(self, request: QueuedRequest, now_s: float) -> bool:
-        missing = _kv_blocks(request) - self._free_blocks
-        if missing <= 0:
-            return True
-        plan = self.cache.reclaim(missing, now_s, keep=(request.adapter.digest,) if request.adapter else ())
-        if plan.freed_blocks < missing:
-            return False
-        self.cache.commit(plan, now_s)
-        self._carry_out(plan)
-        return True
+    def _leave_batch(self, request_id: str) -> None:
+        self._used_blocks -= self._running.pop(request_id)[0]
 
-    def _start(self, request: QueuedRequest, now_s: float) -> None:
-        self._running[request.request_id] = (request, now_s + request.num_predicted_tokens * STEP_S)
-        self._kv_blocks += _kv_blocks(request)
-        if request.adapter:
-            self._users[request.adapter.digest] += 1
-            self.cache.acquire(request.request_id, now_s)
-
-    def _stop(self, request_id: str, now_s: float) -> QueuedRequest:
-        request, _ = self._running.pop(request_id)
-        self._kv_blocks -= _kv_blocks(request)
-        if request.adapter:
-            self._users -= Counter((request.adapter.digest,))
-            self.cache.requeue(request_id, now_s)
-        return request
-
-    def _end(self, ended: Sequence[str], now_s: float) -> None:
-        for request_id in ended:
-            if self._stop(request_id, now_s).adapter:
-                self.cache.release(request_id, now_s)
-
-    def _load(self, now_s: float) -> int:
-        """Loads and fetches that are due complete, and a new plan starts; nanoseconds spent planning."""
+    def _end_reading(self) -> None:
+        """Loads and fetches that are due complete."""
         due = [item for item in self._under_way if item[0] <= self._num_steps]
         self._under_way = [item for item in self._under_way if item[0] > self._num_steps]
         for _, is_load, digest in due:
-            (self.cache.loaded if is_load else self.cache.fetched)(digest)
-            self.queues.adapter_moved(digest)
-        needed = [
-            request.adapter.digest
-            for queue in range(len(self.queues.state().queues))
-            for request in self.queues.waiting(queue)[:8]
-            if request.adapter
-        ]
-        start_ns = thread_time_ns()
-        plan = self.cache.plan(needed, self._free_blocks, now_s)
-        self.cache.commit(plan, now_s)
-        spent_ns = thread_time_ns() - start_ns
-        self._blocked = plan.blocked
-        self._carry_out(plan)
-        return spent_ns
+            self._timed(self.policy.loaded if is_load else self.policy.fetched, digest)
 
     def _carry_out(self, plan: Plan) -> None:
-        for eviction in plan.evict:
-            del self._held[eviction.digest]
-        for digest in plan.load:
-            self._held[digest] = self._blocks[digest]
+        self._used_blocks -= plan.freed_blocks
+        self._used_blocks += sum(self._blocks[digest] for digest in plan.load)
         done_at = self._num_steps + self._scenario.load_steps
         self._under_way += [(done_at, True, digest) for digest in plan.load]
         self._under_way += [(done_at, False, digest) for digest in plan.fetch]
@@ -228,11 +173,12 @@ def run(json_path: Path | None, num_steps: int = NUM_STEPS) -> int:
         for _ in range(REPEATS):
             replica = _Replica(scenario, random.Random(0))
             runs.append(_measure_steps(replica, num_steps))
-        queues_ns, cache_ns = (_least(times_ns) for times_ns in zip(*runs, strict=True))
-        state = replica.queues.state()
+        steps_ns, plans_ns = (_least(times_ns) for times_ns in zip(*runs, strict=True))
+        state = replica.policy.queues.state()
+        replica.policy.check()
         scenarios[scenario.name] = {
-            **_summary("scheduler_step_us", queues_ns),
-            **_summary("cache_plan_us", cache_ns),
+            **_summary("scheduler_step_us", steps_ns),
+            **_summary("cache_plan_us", plans_ns),
             "num_queues": len(state.queues),
             "admissions": state.num_admissions,
             "bypasses": state.num_bypasses,
@@ -241,7 +187,7 @@ def run(json_path: Path | None, num_steps: int = NUM_STEPS) -> int:
         }
         for _ in range(50):
             start_ns = thread_time_ns()
-            replica.queues.refresh(num_steps * STEP_S)
+            replica.policy.queues.refresh(num_steps * STEP_S)
             refreshes_ns.append(thread_time_ns() - start_ns)
     _progress("routing")
     results: dict[str, object] = {
@@ -263,15 +209,15 @@ def run(json_path: Path | None, num_steps: int = NUM_STEPS) -> int:
 
 
 def _measure_steps(replica: _Replica, num_steps: int) -> tuple[list[int], list[int]]:
-    """Nanoseconds of each step in queues and cache; without the first tenth, in which batch and cache fill."""
-    queues_ns, cache_ns = [], []
+    """Nanoseconds of each step and of its plan; without the first tenth, in which batch and cache fill."""
+    steps_ns, plans_ns = [], []
     for number in range(num_steps):
-        refreshes = replica.queues.state().num_refreshes
-        in_queues_ns, in_cache_ns = replica.step(number * STEP_S)
-        if number >= num_steps // 10 and replica.queues.state().num_refreshes == refreshes:
-            queues_ns.append(in_queues_ns)
-            cache_ns.append(in_cache_ns)
-    return queues_ns, cache_ns
+        refreshes = replica.policy.queues.state().num_refreshes
+        step_ns, plan_ns = replica.step(number * STEP_S)
+        if number >= num_steps // 10 and replica.policy.queues.state().num_refreshes == refreshes:
+            steps_ns.append(step_ns)
+            plans_ns.append(plan_ns)
+    return steps_ns, plans_ns
 
 
 def _least(runs_ns: Sequence[Sequence[int]]) -> list[int]:
@@ -291,26 +237,20 @@ def _measure_routing(num_steps: int, num_replicas: int) -> list[int]:
     }
 
     def view(name: str) -> ReplicaView:
-        load = ReplicaLoad(rng.randrange(64), 5, 64, 2.0, 0.1)
+        load = ReplicaLoad(rng.randrange(64), 5, 64, 2.0, 0.1, kv_used_share=rng.random())
         return ReplicaView(name, Tier.DISK, rng.randrange(30), load)
 
     table = ReplicaTable()
     for name in names:
         table.put(view(name))
-    for adapter in adapters:
-        table.candidates(adapter, {})  # the first decision of each adapter ranks its homes
     spent_ns = []
     for _ in range(num_steps):
         reported, adapter = view(rng.choice(names)), rng.choice(adapters)
         start_ns = thread_time_ns()
         table.put(reported)
-        rank_replicas(adapter, table.candidates(adapter, holders[adapter.digest]), costs)
+        rank_replicas(adapter, table, holders[adapter.digest], costs)
         spent_ns.append(thread_time_ns() - start_ns)
     return spent_ns
-
-
-def _kv_blocks(request: QueuedRequest) -> int:
-    return -(-(request.num_prompt_tokens + request.num_predicted_tokens) // BLOCK_TOKENS)
 
 
 def _summary(name: str, spent_ns: Sequence[int]) -> dict[str, float]:
@@ -327,7 +267,7 @@ def _progress(what: str) -> None:
 def _print_table(results: dict[str, object], scenarios: dict[str, dict[str, float]]) -> None:
     rows: list[tuple[str, list[object]]] = [("policy time in microseconds of CPU", ["p50", "p99", "max"])]
     for name, figures in scenarios.items():
-        for what, key in (("scheduler step", "scheduler_step_us"), ("cache plan", "cache_plan_us")):
+        for what, key in (("policy step", "scheduler_step_us"), ("plan for adapters", "cache_plan_us")):
             rows.append((f"{what}, {name}", [figures[f"{key}_{label}"] for label in LABELS]))
     for what, key in (
         ("queue refresh", "scheduler_refresh_us"),

@@ -24,7 +24,7 @@ from chameleon_ray.bench.load.lengths import Lengths, scaled, synthetic_lengths,
 from chameleon_ray.bench.load.measure import Bench
 from chameleon_ray.bench.load.prompts import Prompts, prompts_by_count, prompts_by_tokenizer
 from chameleon_ray.bench.load.search import SearchOptions
-from chameleon_ray.bench.load.show import Bar, load_pyplot, plot
+from chameleon_ray.bench.load.show import Bar
 from chameleon_ray.bench.load.targets import (
     Offer,
     Target,
@@ -104,14 +104,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("output").add_argument
     add("--json", type=Path, metavar="FILE", help="write all figures there")
-    add("--plot", type=Path, metavar="FILE", help="draw p99 latencies over load there (.png, .svg, .pdf)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print; the exit status. What was measured before an interruption is written as well."""
     command = _Command(arguments)
     try:
-        _check_outputs(arguments)
+        _check_output(arguments.json)
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(command.measure())
@@ -176,11 +175,9 @@ class _Command:
         self.results["complete"] = True
 
     def write(self) -> None:
-        """The files that were asked for, once anything was measured."""
+        """The file that was asked for, once anything was measured."""
         if self._arguments.json and self.results["unloaded"]:
             self._arguments.json.write_text(json.dumps(self.results, indent=2) + "\n")
-        if self._arguments.plot and self.results["loads"]:
-            plot(self._arguments.plot, self.results["loads"], self.results.get("slo"))
 
     def _describe(self, targets: Sequence[Target], ranks: Ranks, lengths: Lengths) -> None:
         known = sorted({rank for rank in ranks.values() if rank})
@@ -201,13 +198,10 @@ class _Command:
         )
 
 
-def _check_outputs(arguments: argparse.Namespace) -> None:
+def _check_output(path: Path | None) -> None:
     """Before an hour of measuring, not after. Raises LoadError."""
-    if arguments.plot:
-        load_pyplot()
-    for path in (arguments.json, arguments.plot):
-        if path and not path.absolute().parent.is_dir():
-            raise LoadError(f"cannot write {path}: there is no folder {path.absolute().parent}")
+    if path and not path.absolute().parent.is_dir():
+        raise LoadError(f"cannot write {path}: there is no folder {path.absolute().parent}")
 
 
 def _targets(arguments: argparse.Namespace) -> list[Target]:

@@ -1,4 +1,4 @@
-"""``chameleon bench burst``: KV memory over time while a burst of long prompts meets a cache full of idle adapters.
+"""KV memory over time while a burst of long prompts meets a cache full of idle adapters.
 
 One engine in this process, driven step by step: every adapter of the demo is used once, then base-model requests ask
 for more KV cache than there is beside one request whose adapter stays in use, then the adapters are used again. The
@@ -7,6 +7,7 @@ before that, because the scheduler learns from it how long such answers are, and
 gave tokens are counted, not seconds: the machine's speed does not matter.
 """
 
+import argparse
 import json
 import os
 import random
@@ -17,9 +18,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from chameleon_ray.bench.load.show import load_pyplot
-from chameleon_ray.demo import DemoPaths, make_demo
+from benchmarks.load_plot import load_pyplot
+from chameleon_ray.demo import DemoPaths
 from chameleon_ray.engine.paged.options import PagedSettings, paged_arguments
+from chameleon_ray.random_demo import make_random_demo
 
 MIB = 1 << 20
 KV_BYTES = 64 * MIB
@@ -120,7 +122,7 @@ def run(json_path: Path | None = None, plot_path: Path | None = None) -> int:
     }
     if plot_path is not None:
         load_pyplot()  # Before minutes are spent: it may be missing.
-    demo = make_demo(Path("demo"))
+    demo = make_random_demo()
     engine = _Engine(demo)
     try:
         preemptions = _phases(engine, sorted(demo.adapters.iterdir()))
@@ -204,3 +206,11 @@ def draw(path: Path, samples: list[Sample], num_blocks: int) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.burst", description=__doc__)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it there (.png, .svg, .pdf)")
+    given = parser.parse_args()
+    run(given.json, given.plot)

@@ -11,15 +11,15 @@ from vllm.platforms import current_platform
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.version import __version__ as vllm_version
 
-from chameleon_ray.bench.calibrate.live import CLOCKS, LiveAdapter, LiveEngine
-from chameleon_ray.bench.calibrate.measure import (
+from chameleon_ray.calibrate.live import CLOCKS, LiveAdapter, LiveEngine
+from chameleon_ray.calibrate.measure import (
     measure_loads,
     measure_steps,
     serve_workload,
     single_steps,
     some_adapters,
 )
-from chameleon_ray.bench.calibrate.measured import CalibrationError, Effort, Measured
+from chameleon_ray.calibrate.measured import CalibrationError, Effort, Measured
 from chameleon_ray.engine.paged.options import PagedSettings, paged_arguments
 from chameleon_ray.sim.parallel import show_progress
 
@@ -27,7 +27,6 @@ _POLICY = {
     "scheduling": "scheduler",
     "eviction": "policy",
     "prefetch": "prefetch",
-    "histogram_prefetch": "histogram_prefetch",
     "max_adapter_share": "memory_share",
     "size_form": "request_size",
     "k_rule": "k_rule",
@@ -71,7 +70,7 @@ def measure(engine: LiveEngine, folders: list[Path], effort: Effort, seed: int) 
 
 def memory(engine: LiveEngine, adapters: list[LiveAdapter]) -> dict[str, int]:
     """The engine's ``MemoryCosts``."""
-    layout, block_tokens = engine.memory._layout, engine.config.cache_config.block_size
+    layout, block_tokens = engine.memory.storage.layout, engine.config.cache_config.block_size
     block_bytes = layout.num_layers * layout.page_elems * layout.pages_per_block * layout.element_bytes
     return {
         "block_tokens": block_tokens,

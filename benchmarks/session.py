@@ -6,7 +6,7 @@ import json
 import secrets
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,14 @@ from typing import Any
 
 import uvloop
 
-from chameleon_ray.bench.compare.servers import Engine, running
-from chameleon_ray.bench.compare.setting import Setting, make_setting
+from benchmarks.load_plot import load_pyplot
+from benchmarks.servers import Engine, running
+from benchmarks.setting import Setting, add_setting, make_setting
 from chameleon_ray.bench.load.client import session
 from chameleon_ray.bench.load.errors import LoadError
 from chameleon_ray.bench.load.measure import Bench
 from chameleon_ray.bench.load.prompts import prompts_by_tokenizer
-from chameleon_ray.bench.load.show import Bar, load_pyplot
+from chameleon_ray.bench.load.show import Bar
 from chameleon_ray.bench.load.targets import Target
 from chameleon_ray.demo import DemoError
 
@@ -38,6 +39,26 @@ class Running:
     bench: Bench
     bar: Bar
     results: Results
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """The options of every comparison: engines, requests and output."""
+    add_setting(parser)
+    add = parser.add_argument_group("output").add_argument
+    add("--json", type=Path, metavar="FILE", help="write all figures there")
+    add("--plot", type=Path, metavar="FILE", help="draw them there (.png, .svg, .pdf)")
+
+
+def names_of(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
+    """The type of an option that names some of the known."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(text.split(","))
+        if unknown := set(names) - set(known):
+            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: choose from {', '.join(known)}")
+        return names
+
+    return parse
 
 
 def run_comparison(

@@ -1,4 +1,4 @@
-"""``chameleon bench schedulers``: the four scheduling policies on real engines, under the same requests.
+"""The four scheduling policies on real engines, under the same requests.
 
 Demo model, many adapters, one machine, one run. Every engine is vLLM's own server with adapters in KV memory and the
 same cache (``policy: chameleon``); only ``scheduler`` differs. The engines are loaded in turn, in windows of the same
@@ -15,28 +15,56 @@ delay is the engine's own: from its receipt of the request until it first runs i
 
 import argparse
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from chameleon_ray.bench.compare.servers import Engine
-from chameleon_ray.bench.compare.session import Results, Running, run_comparison
-from chameleon_ray.bench.compare.setting import Setting
-from chameleon_ray.bench.compare.state import PolicyState, read_state
+from benchmarks.load_plot import load_pyplot
+from benchmarks.servers import Engine
+from benchmarks.session import Results, Running, add_common, names_of, run_comparison
+from benchmarks.setting import Setting
+from benchmarks.state import PolicyState, read_state
 from chameleon_ray.bench.load.client import Window
 from chameleon_ray.bench.load.figures import summarize
 from chameleon_ray.bench.load.measure import Load
-from chameleon_ray.bench.load.show import load_pyplot
 from chameleon_ray.bench.load.targets import Target
 from chameleon_ray.bench.load.workload import SIZE_CLASSES
 from chameleon_ray.engine.paged.options import PagedSettings
+from chameleon_ray.policy.disciplines import DISCIPLINES
 
 BURST_REQUESTS, BURST_LIMIT_S = 200, 60.0
 MAX_LATE_S = 0.05
 LEVELS = ("low", "medium", "overload")
 CELLS = (("p50", "ttft", "p50_ms"), ("p99", "ttft", "p99_ms"), ("queued", "queued", "mean_ms"))
 """Columns of a size class: title, and where it is in the figures."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    add = parser.add_argument_group("what to measure").add_argument
+    add(
+        "--loads",
+        type=_loads,
+        default=(0.4, 0.8, 1.2),
+        metavar="L,M,O",
+        help="shares of the burst's rate (0.4,0.8,1.2)",
+    )
+    add("--rates", type=_loads, metavar="L,M,O", help="requests per second instead")
+    add("--num-windows", type=int, default=2, help="windows per load and scheduler, in turn (2)")
+    add("--window-s", type=float, default=25.0, help="length of one (25)")
+    add("--learn-s", type=float, default=30.0, help="requests that are not reported before (30)")
+    add("--drain-s", type=float, default=120.0, help="wait so long for answers after a window (120)")
+    add("--schedulers", type=names_of(DISCIPLINES), default=tuple(DISCIPLINES), metavar="S,S", help="which (all four)")
+    add_common(parser)
+
+
+def _loads(text: str) -> tuple[float, ...]:
+    loads = tuple(float(load) for load in text.split(","))
+    if min(loads) <= 0:
+        raise argparse.ArgumentTypeError("loads are above 0")
+    return loads
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -147,3 +175,9 @@ def _levels(loads: Sequence[float]) -> list[str]:
 
 def _ms(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f}"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.schedulers", description=__doc__)
+    add_arguments(parser)
+    sys.exit(run(parser.parse_args()))

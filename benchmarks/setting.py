@@ -23,20 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from chameleon_ray.bench.compare.servers import Machine
+from benchmarks.servers import Machine
 from chameleon_ray.bench.load.lengths import Lengths, scaled, synthetic_lengths, trace_lengths
 from chameleon_ray.bench.load.workload import Workload, adapter_shares
-from chameleon_ray.demo import RANKS, DemoPaths, make_demo
+from chameleon_ray.random_demo import RANKS, LinkedAdapter, link_adapters, make_random_demo
 
 MIB = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """An adapter to serve: its folder and its rank."""
-
-    path: Path
-    rank: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +36,7 @@ class Setting:
     """What all engines share, and the requests that all get."""
 
     machine: Machine
-    adapters: Mapping[str, Adapter]
+    adapters: Mapping[str, LinkedAdapter]
     lengths: Lengths
     workload: Workload
     adapter_share: float
@@ -62,14 +54,36 @@ class Setting:
         ]
 
 
+def add_setting(parser: argparse.ArgumentParser) -> None:
+    """The options of the setting."""
+    add = parser.add_argument_group("engines and requests").add_argument
+    add(
+        "--demo",
+        type=Path,
+        default=Path(".chameleon/random-demo"),
+        metavar="FOLDER",
+        help="the random model and adapters, made if they are not there (%(default)s)",
+    )
+    add("--adapters", type=int, default=100, metavar="N", help="adapters, in equal numbers of each rank (100)")
+    add("--kv-mib", type=int, default=128, help="KV pool of each engine, adapters in it included (128)")
+    add("--adapter-share", type=float, default=1.0, help="most of the pool that adapters may hold (1)")
+    add("--max-running", type=int, default=32, help="requests that an engine runs at once (32)")
+    add("--context-window", type=int, default=2048, help="tokens; lengths are scaled to fit (2048)")
+    add("--length-scale", type=float, help="this factor on all lengths instead; what does not fit is cut")
+    add("--trace", type=Path, metavar="CSV", help="lengths from a trace in Azure's format (default: synthetic, alike)")
+    add("--threads", type=int, help="compute threads of an engine (one core less than there are)")
+    add("--dtype", default="float32", help="weights, activations and KV cache (float32)")
+    add("--seed", type=int, default=0, help="of arrivals, lengths and adapters (0)")
+
+
 def make_setting(arguments: argparse.Namespace, stack: ExitStack) -> Setting:
     """The setting that the options ask for; its files are there while ``stack`` is open.
 
     Raises LoadError, DemoError.
     """
-    demo = make_demo(arguments.demo)
+    demo = make_random_demo(arguments.demo)
     folder = Path(stack.enter_context(TemporaryDirectory(prefix="chameleon-adapters-")))
-    adapters = linked_adapters(demo, folder, arguments.adapters)
+    adapters = link_adapters(demo, folder, arguments.adapters)
     lengths = trace_lengths(arguments.trace) if arguments.trace else synthetic_lengths(arguments.seed)
     lengths = scaled(lengths, arguments.context_window, arguments.length_scale)
     ranks: dict[str, int | None] = {name: adapter.rank for name, adapter in adapters.items()}
@@ -86,18 +100,3 @@ def make_setting(arguments: argparse.Namespace, stack: ExitStack) -> Setting:
     )
     workload = Workload(lengths, ranks, adapter_shares(ranks, "uniform", "power-law", 1.0), arguments.seed)
     return Setting(machine, adapters, lengths, workload, arguments.adapter_share)
-
-
-def linked_adapters(demo: DemoPaths, folder: Path, count: int) -> dict[str, Adapter]:
-    """``count`` adapters by name, ranks in turn; their files are the demo's, linked: to an engine they all differ."""
-    sources = demo.adapter_names()
-    sources = sources[: len(sources) // len(RANKS) * len(RANKS)]
-    adapters = {}
-    for number in range(count):
-        rank = RANKS[number % len(RANKS)]
-        path = folder / f"demo-r{rank}-{number:03d}"
-        path.mkdir()
-        for file in (demo.adapters / sources[number % len(sources)]).iterdir():
-            (path / file.name).symlink_to(file)
-        adapters[path.name] = Adapter(path, rank)
-    return adapters

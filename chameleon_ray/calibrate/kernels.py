@@ -14,7 +14,7 @@ import torch
 from chameleon_kernels import apply_lora
 from chameleon_kernels.testing import make_batch, make_layer
 
-from chameleon_ray.bench.calibrate.measured import CalibrationError, Measured
+from chameleon_ray.calibrate.measured import CalibrationError, Measured
 from chameleon_ray.model_shape import ModelConfigError, ModelShape, read_config
 from chameleon_ray.sim.fit import StepPoint
 from chameleon_ray.sim.parallel import show_progress

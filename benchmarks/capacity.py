@@ -1,4 +1,4 @@
-"""``chameleon bench capacity``: the highest load under the objective, of vLLM as it comes, of ours, and of Chameleon.
+"""The highest load under the objective: of vLLM as it comes, of fifo + lru, and of Chameleon.
 
 ``stock``: vLLM's adapter slots, first come first served. ``fifo+lru``: adapters in KV memory, kept by last use,
 requests first come first served. ``chameleon``: the defaults. All on this machine in one run, loaded in turn; the
@@ -10,25 +10,43 @@ by fewer requests (``--min-requests``) than the others'.
 
 import argparse
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from chameleon_ray.bench.compare.options import CHAMELEON, PLAIN, STOCK
-from chameleon_ray.bench.compare.servers import Engine
-from chameleon_ray.bench.compare.session import Results, Running, run_comparison
-from chameleon_ray.bench.compare.setting import Setting
-from chameleon_ray.bench.compare.state import read_state
+from benchmarks.load_plot import plot
+from benchmarks.servers import Engine
+from benchmarks.session import Results, Running, add_common, names_of, run_comparison
+from benchmarks.setting import Setting
+from benchmarks.state import read_state
 from chameleon_ray.bench.load.comparison import Comparison, Objective, Windows
 from chameleon_ray.bench.load.measure import Load
 from chameleon_ray.bench.load.search import SearchOptions
-from chameleon_ray.bench.load.show import plot
 from chameleon_ray.engine.paged.options import PagedSettings
 
+STOCK, PLAIN, CHAMELEON = ENGINES = ("stock", "fifo+lru", "chameleon")
 BURST_REQUESTS, STOCK_BURST_REQUESTS, BURST_LIMIT_S = 150, 12, 60.0
 START_SHARE = 0.7
 """Of the rate of a burst: where the search begins."""
 MAX_PER_S = 1000.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    add = parser.add_argument_group("what to measure").add_argument
+    add("--slo-factor", type=float, default=5.0, help="objective: times the lowest unloaded mean latency (5)")
+    add("--slo-s", type=float, help="objective in seconds instead")
+    add("--slo-metric", choices=("ttft", "e2e"), default="ttft", help="what must stay below it (ttft)")
+    add("--slo-percent", type=float, default=99.0, help="percent of the requests that must (99)")
+    add("--num-windows", type=int, default=2, help="windows per load and engine, in turn (2)")
+    add("--window-s", type=float, default=20.0, help="length of one; at least 10 objectives (20)")
+    add("--min-requests", type=int, default=50, help="windows are added until a load has so many requests (50)")
+    add("--precision", type=float, default=0.08, help="relative width at which the search ends (0.08)")
+    add("--learn-s", type=float, default=30.0, help="requests that are not reported before (30)")
+    add("--unloaded-requests", type=int, default=20, help="sent one by one to learn unloaded latencies (20)")
+    add("--engines", type=names_of(ENGINES), default=ENGINES, metavar="E,E", help="which (all three)")
+    add_common(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -88,3 +106,9 @@ async def _measure(running: Running) -> None:
 
 def _draw(path: Path, results: Results) -> None:
     plot(path, results["loads"], results.get("slo"))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.capacity", description=__doc__)
+    add_arguments(parser)
+    sys.exit(run(parser.parse_args()))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from chameleon_ray.bench.calibrate.measured import Measured, Served
+from chameleon_ray.calibrate.measured import Measured, Served
 from chameleon_ray.policy.adapter import Adapter
 from chameleon_ray.sim.costs import (
     Calibration,

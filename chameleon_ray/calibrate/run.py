@@ -9,8 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from chameleon_ray.bench.calibrate.measured import CalibrationError, Effort, Measured
-from chameleon_ray.bench.calibrate.report import cost_model, summary_lines
+from chameleon_ray.calibrate.measured import CalibrationError, Effort, Measured
+from chameleon_ray.calibrate.report import cost_model, summary_lines
 from chameleon_ray.sim.costs import load_cost_model
 
 _MIB, _GIB = 1 << 20, 1 << 30
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _kernels(arguments: argparse.Namespace) -> Measured:
-    from chameleon_ray.bench.calibrate.kernels import measure_kernels
+    from chameleon_ray.calibrate.kernels import measure_kernels
 
     return measure_kernels(arguments.model)
 
@@ -84,9 +84,9 @@ def _engine(arguments: argparse.Namespace) -> Measured:
     kv_gib, dtype, max_model_len = arguments.kv_gib, arguments.dtype, arguments.max_model_len
     model, adapters = arguments.model, arguments.adapters
     if model is None:
-        from chameleon_ray.demo import make_demo
+        from chameleon_ray.random_demo import make_random_demo
 
-        demo = make_demo(Path("demo"))
+        demo = make_random_demo()
         model, adapters = str(demo.model), demo.adapters
         kv_gib = kv_gib or _DEMO_KV_BYTES / _GIB
         dtype, max_model_len = dtype or "float32", max_model_len or _DEMO_MODEL_LEN
@@ -124,7 +124,7 @@ def in_child(task: dict[str, Any], threads: int) -> Measured:
     with tempfile.TemporaryDirectory() as folder:
         given, result = Path(folder) / "task", Path(folder) / "result"
         given.write_bytes(pickle.dumps(task))
-        command = [sys.executable, "-m", "chameleon_ray.bench.calibrate.child", str(given), str(result)]
+        command = [sys.executable, "-m", "chameleon_ray.calibrate.child", str(given), str(result)]
         status = subprocess.run(command, env=environment, stdout=sys.stderr, check=False).returncode
         if not result.is_file():
             raise CalibrationError(f"the engine could not be measured (exit status {status}); its output is above")

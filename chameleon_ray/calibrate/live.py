@@ -13,8 +13,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from chameleon_ray.adapters.identity import AdapterId
-from chameleon_ray.bench.calibrate.measured import CalibrationError
-from chameleon_ray.engine.paged.checkpoint import summarise
+from chameleon_ray.calibrate.measured import CalibrationError
 from chameleon_ray.engine.paged.memory import AdapterMemory
 
 _FIRST_NUMBER = 100_000
@@ -134,7 +133,7 @@ class LiveEngine:
         Raises CalibrationError.
         """
         try:
-            summary = summarise(folder, self.memory._layout, self.memory._settings.max_rank)
+            summary = self.memory.storage.summarise(folder, self.memory._settings.max_rank)
         except (ValueError, OSError) as error:
             raise CalibrationError(f"the adapter in {folder} cannot be used: {error}") from None
         number = next(self._numbers)

@@ -1,0 +1,1 @@
+"""Comparisons that were made once, and can be made again from a checkout: not part of the package."""
