@@ -1,3 +1,3 @@
 """Chameleon for Ray Serve and vLLM: many LoRA adapters over one base model."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     serve = commands.add_parser("serve", help="start Ray and the application on this machine, in the foreground")
     serve.add_argument(
-        "config", type=Path, nargs="?", default=Path("cluster_configs/local.yaml"), help="Serve config file"
+        "config", type=Path, nargs="?", help="Serve config file (default: the demo, made in ./demo if it is not there)"
     )
     serve.set_defaults(run=_serve)
     demo = commands.add_parser("demo", help="make the demo model and its adapters")
@@ -64,26 +64,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     benches = commands.add_parser("bench", help="measure").add_subparsers(required=True, metavar="WHAT")
     local = benches.add_parser("local", help="start-up, memory, overhead and streaming of the local application")
-    local.add_argument(
-        "config", type=Path, nargs="?", default=Path("cluster_configs/local.yaml"), help="Serve config file"
-    )
+    local.add_argument("config", type=Path, nargs="?", help="Serve config file (default: as for `chameleon serve`)")
     local.set_defaults(run=_bench_local)
     policy = benches.add_parser("policy", help="time per decision of scheduler, cache and router policies")
     policy.set_defaults(run=_bench_policy)
     benches.add_parser(
         "serve", help="open-loop load on OpenAI-compatible servers, side by side", configure=_configure_bench_serve
     )
-    benches.add_parser(
-        "schedulers",
-        help="the scheduling policies on real engines, same requests for all",
-        configure=_configure_bench_schedulers,
+    engine = benches.add_parser(
+        "engine", help="one engine: stock vLLM, its slots under our policy, adapters in KV memory, base"
     )
-    benches.add_parser(
-        "capacity",
-        help="highest load under the SLO: stock vLLM, fifo + lru, Chameleon",
-        configure=_configure_bench_capacity,
-    )
-    engine = benches.add_parser("engine", help="one engine: vLLM's slots, adapters in KV memory, base model")
     engine.add_argument(
         "--dtype", default="float32", help="of weights, activations and KV cache (default: float32, the demo's own)"
     )
@@ -92,12 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "calibrate", help="measure an engine and write a cost model for the simulator", configure=_configure_calibrate
     )
-    burst = benches.add_parser("burst", help="KV memory over time: idle adapters give way to a burst of long prompts")
-    burst.add_argument("--plot", type=Path, metavar="FILE", help="draw it there (.png, .svg, .pdf)")
-    burst.set_defaults(run=_bench_burst)
     _add_simulations(commands)
     _add_training(commands)
-    for bench in (local, policy, engine, burst):
+    for bench in (local, policy, engine):
         bench.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     return parser
 
@@ -110,9 +97,12 @@ def _add_simulations(commands: Any) -> None:
     grid.add_argument("scenario", type=Path, help="YAML file")
     grid.add_argument("--plot", type=Path, metavar="FILE", help="also draw the figures there (.png, .svg, .pdf)")
     grid.set_defaults(run=_sim_run)
-    paper = kinds.add_parser("paper", help="the published experiments: paper, ours, difference")
-    paper.add_argument("--plots", type=Path, metavar="FOLDER", help="also draw the paper's figures there")
-    paper.set_defaults(run=_sim_paper)
+    schedulers = kinds.add_parser("schedulers", help="the scheduling policies in many cells, against fifo")
+    schedulers.add_argument("--cells", type=_list_of(str), default=[], metavar="A,B", help="default: all")
+    schedulers.add_argument("--loads", type=_list_of(float), metavar="A,B", help="default: 0.7,0.9,1,1.1")
+    schedulers.add_argument("--seeds", type=_list_of(int), metavar="A,B", help="default: 0,1,2,3")
+    schedulers.add_argument("--measure-limits", action="store_true", help="only measure FIFO's limits, and print them")
+    schedulers.set_defaults(run=_sim_schedulers)
     cluster = kinds.add_parser("cluster", help="routing policies on many replicas, side by side")
     _add_cluster_options(cluster)
     cluster.add_argument("--plot", type=Path, metavar="FILE", help="also draw the figures there (.png, .svg, .pdf)")
@@ -121,7 +111,7 @@ def _add_simulations(commands: Any) -> None:
     plan.add_argument("scenario", type=Path, help="YAML file, as for `sim run`")
     plan.add_argument("--slo", type=float, required=True, metavar="SECONDS", help="P99 time to first token")
     plan.set_defaults(run=_plan)
-    for command in (grid, paper, cluster, plan):
+    for command in (grid, schedulers, cluster, plan):
         command.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
 
 
@@ -129,7 +119,13 @@ def _add_cluster_options(cluster: argparse.ArgumentParser) -> None:
     cluster.add_argument("--replicas", type=int, default=8, help="default: %(default)s")
     cluster.add_argument("--adapters", type=int, default=1000, help="default: %(default)s")
     cluster.add_argument("--requests", type=int, default=20_000, help="about so many in all (default: %(default)s)")
-    cluster.add_argument("--rate", type=float, default=1.5, help="requests/s and replica (default: %(default)s)")
+    rates = cluster.add_mutually_exclusive_group()
+    rates.add_argument(
+        "--rate", type=_numbers, default=[1.5], metavar="R,...", help="requests/s and replica (default: 1.5)"
+    )
+    rates.add_argument(
+        "--load", type=_numbers, default=[], metavar="SHARE,...", help="of a replica's measured capacity"
+    )
     cluster.add_argument("--length-scale", type=float, default=1.0, help="factor on all lengths (default: %(default)s)")
     cluster.add_argument("--skew", type=float, default=1.0, help="popularity: 1 / place ** SKEW (default: %(default)s)")
     cluster.add_argument(
@@ -146,7 +142,17 @@ def _add_cluster_options(cluster: argparse.ArgumentParser) -> None:
     )
     cluster.add_argument("--hint-delay", type=float, default=0.1, metavar="SECONDS", help="age of what routers hear")
     cluster.add_argument("--cost-model", default="a40-llama-7b", help="shipped name, or path (default: %(default)s)")
-    cluster.add_argument("--seed", type=int, default=0)
+    cluster.add_argument(
+        "--seeds", type=_integers, default=[0], metavar="N,...", help="figures are means over them (default: 0)"
+    )
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(word) for word in text.split(",")]
+
+
+def _integers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
 
 
 def _add_training(commands: Any) -> None:
@@ -182,20 +188,6 @@ def _configure_bench_serve(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def _configure_bench_schedulers(parser: argparse.ArgumentParser) -> None:
-    from chameleon_ray.bench.compare.options import add_schedulers
-
-    add_schedulers(parser)
-    parser.set_defaults(run=_bench_schedulers)
-
-
-def _configure_bench_capacity(parser: argparse.ArgumentParser) -> None:
-    from chameleon_ray.bench.compare.options import add_capacity
-
-    add_capacity(parser)
-    parser.set_defaults(run=_bench_capacity)
-
-
 def _configure_fit(parser: argparse.ArgumentParser) -> None:
     from chameleon_ray.fit import configure, run
 
@@ -204,26 +196,36 @@ def _configure_fit(parser: argparse.ArgumentParser) -> None:
 
 
 def _configure_calibrate(parser: argparse.ArgumentParser) -> None:
-    from chameleon_ray.bench.calibrate.run import add_arguments, run
+    from chameleon_ray.calibrate.run import add_arguments, run
 
     add_arguments(parser)
     parser.set_defaults(run=lambda arguments: _status(lambda: run(arguments)))
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from chameleon_ray.launcher import Launcher, LaunchError
+    from chameleon_ray.launcher import CONFIGS, Launcher, LaunchError
 
+    if arguments.config is None and not Path("demo/model").is_dir() and (status := _make_demo(Path("demo"), False)):
+        return status
     try:
-        return Launcher(arguments.config, lambda text: print(text, flush=True)).run()
+        return Launcher(arguments.config or CONFIGS / "local.yaml", lambda text: print(text, flush=True)).run()
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from chameleon_ray.demo import make_demo
+    return _make_demo(arguments.folder, arguments.force)
 
-    make_demo(arguments.folder, force=arguments.force, progress=print)
+
+def _make_demo(folder: Path, force: bool) -> int:
+    from chameleon_ray.demo import DemoError, make_demo
+
+    try:
+        make_demo(folder, force=force, progress=lambda text: print(text, flush=True))
+    except DemoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -246,26 +248,15 @@ def _vllm_args(arguments: argparse.Namespace) -> int:
 
 def _bench_local(arguments: argparse.Namespace) -> int:
     from chameleon_ray.bench.local import run
+    from chameleon_ray.launcher import CONFIGS
 
-    return run(arguments.config, arguments.json)
+    return run(arguments.config or CONFIGS / "local.yaml", arguments.json)
 
 
 def _bench_policy(arguments: argparse.Namespace) -> int:
     from chameleon_ray.bench.policy import run
 
     return run(arguments.json)
-
-
-def _bench_schedulers(arguments: argparse.Namespace) -> int:
-    from chameleon_ray.bench.compare.schedulers import run
-
-    return run(arguments)
-
-
-def _bench_capacity(arguments: argparse.Namespace) -> int:
-    from chameleon_ray.bench.compare.capacity import run
-
-    return run(arguments)
 
 
 def _bench_engine(arguments: argparse.Namespace) -> int:
@@ -278,32 +269,37 @@ def _bench_engine(arguments: argparse.Namespace) -> int:
         return 2
 
 
-def _bench_burst(arguments: argparse.Namespace) -> int:
-    from chameleon_ray.bench.burst import run
-
-    return _status(lambda: run(arguments.json, arguments.plot))
-
-
 def _sim_run(arguments: argparse.Namespace) -> int:
     from chameleon_ray.sim.grid import run
 
     return _status(lambda: run(arguments.scenario, arguments.json, plot_path=arguments.plot))
 
 
-def _sim_paper(arguments: argparse.Namespace) -> int:
-    from chameleon_ray.sim.paper import run
+def _list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    def values(text: str) -> list[Any]:
+        return [kind(value) for value in text.split(",")]
 
-    return _status(lambda: run(arguments.json, plot_folder=arguments.plots))
+    values.__name__ = f"list of {kind.__name__}"
+    return values
+
+
+def _sim_schedulers(arguments: argparse.Namespace) -> int:
+    from chameleon_ray.sim.schedulers import LOADS, SEEDS, measure_limits, run
+
+    if arguments.measure_limits:
+        return _status(lambda: measure_limits(arguments.cells))
+    loads, seeds = arguments.loads or LOADS, arguments.seeds or SEEDS
+    return _status(lambda: run(arguments.cells, loads, seeds, arguments.json))
 
 
 def _sim_cluster(arguments: argparse.Namespace) -> int:
-    from chameleon_ray.sim.cluster import run, scenario_of
+    from chameleon_ray.sim.cluster import ClusterScenario, capacity, run, scenario_of
 
-    def simulate() -> int:
-        scenario = scenario_of(
+    def scenario(rate: float, seed: int) -> ClusterScenario:
+        return scenario_of(
             num_replicas=arguments.replicas,
             num_requests=arguments.requests,
-            requests_per_s_each=arguments.rate,
+            requests_per_s_each=rate,
             num_adapters=arguments.adapters,
             length_scale=arguments.length_scale,
             exponent=arguments.skew,
@@ -311,10 +307,18 @@ def _sim_cluster(arguments: argparse.Namespace) -> int:
             base_share=arguments.base_share,
             hint_delay_s=arguments.hint_delay,
             cost_model=arguments.cost_model,
-            seed=arguments.seed,
+            seed=seed,
         )
+
+    def simulate() -> int:
+        rates = arguments.rate
+        if arguments.load:
+            most = capacity(scenario(1.0, 0))
+            print(f"capacity: {most:.4g} requests/s and replica")
+            rates = [share * most for share in arguments.load]
         routings = [name for name in arguments.routing.split(",") if name]
-        return run(scenario, routings, json_path=arguments.json, plot_path=arguments.plot)
+        scenarios = [scenario(rate, seed) for rate in rates for seed in arguments.seeds]
+        return run(scenarios, routings, json_path=arguments.json, plot_path=arguments.plot)
 
     return _status(simulate)
 

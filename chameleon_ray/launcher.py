@@ -30,11 +30,15 @@ HEAD_START_LIMIT_S = 60.0
 START_LIMIT_S = 600.0
 STOP_LIMIT_S = 60.0
 LAST_LINES = 40
+CONFIGS = Path(__file__).parents[1] / "cluster_configs"
+"""The configurations that come with the package, in a checkout and in an installed wheel alike."""
 DASHBOARD_PORT = 8265
 METRICS_PORT = 8090
 OBJECT_STORE_BYTES = 100_000_000
 """Ray's shared memory; requests and answers are far too small to go through it."""
 PR_SET_CHILD_SUBREAPER = 36
+FIRST_CHOICE = "pirate"
+"""Of the demo's adapters, the one to try first."""
 
 SETTINGS = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",  # HAProxy in front of the ingress instead of a Python proxy
@@ -208,16 +212,20 @@ class Launcher:
         return "\n".join([*lines, f"Whole logs: {log} and /tmp/ray/session_latest/logs/serve"])
 
     def _greet(self, seconds: float) -> None:
-        keys = ApiConfig.model_validate(self._api).resolved().api_keys
+        api = ApiConfig.model_validate(self._api).resolved()
+        keys, is_open = api.api_keys, api.admin_open_on_loopback or api.admin_key is not None
         headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
         key = ' -H "Authorization: Bearer $KEY"' if keys else ""
         models = [card["id"] for card in httpx.get(f"{self.url}/v1/models", headers=headers).json()["data"]]
-        body = json.dumps({"model": models[-1], "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16})
+        model = FIRST_CHOICE if FIRST_CHOICE in models else models[-1]
+        messages = [{"role": "user", "content": "What is the capital of France?"}]
+        body = json.dumps({"model": model, "messages": messages, "max_tokens": 48, "temperature": 0})
         self._say(
             f"ready after {seconds:.0f} s: {models[0]} and {len(models) - 1} adapters at {self.url}/v1\n\n"
             f"  curl {self.url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'\n"
             f"  curl {self.url}/v1/models{key}\n"
             f"  chameleon queues --url {self.url}{' --api-key $KEY' if keys else ''}\n\n"
+            f"{f'live page: {self.url}/chameleon/' if is_open else 'live page: closed, see api.admin_key'}\n"
             f"Ray dashboard: http://127.0.0.1:{self._dashboard_port} (its key: ~/.ray/auth_token)\n"
             f"metrics: http://127.0.0.1:{self._metrics_port}/metrics\n"
             "Ctrl-C stops everything."

