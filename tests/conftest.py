@@ -3,14 +3,18 @@
 import json
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+# Before torch is imported: a second thread waits for the first in a loop, which costs minutes where cores are shared.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from chameleon_ray.adapters.base_model import BaseModelShapes
+from chameleon_ray.adapters.modules import Module, ModuleTable
 
 if TYPE_CHECKING:
     from chameleon_ray.demo import DemoPaths
@@ -22,23 +26,35 @@ WriteAdapter = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def demo() -> "DemoPaths":
-    """The demo model and adapters, made once per checkout (``CHAMELEON_DEMO_DIR`` names another place)."""
-    from chameleon_ray.demo import make_demo  # brings torch and transformers: only tests that use the demo wait for it
+    """The random model and adapters, made once per checkout (``CHAMELEON_DEMO_DIR`` names another place)."""
+    from chameleon_ray.random_demo import make_random_demo  # brings torch: only tests that use the demo wait for it
 
-    default = Path(__file__).parent.parent / "demo"
-    return make_demo(Path(os.environ.get("CHAMELEON_DEMO_DIR", default)))
+    default = Path(__file__).parent.parent / ".chameleon/random-demo"
+    return make_random_demo(Path(os.environ.get("CHAMELEON_DEMO_DIR", default)))
 
 
 @pytest.fixture
-def tiny_shapes() -> BaseModelShapes:
+def tiny_table() -> ModuleTable:
     """A base model of two layers that ``write_adapter``'s adapters fit."""
     in_layer = {"self_attn.q_proj": (16, 32), "mlp.down_proj": (32, 24)}
-    modules = {f"model.layers.{n}.{name}": shape for n in range(2) for name, shape in in_layer.items()}
-    return BaseModelShapes(modules, 2)
+    shapes = {f"model.layers.{n}.{name}": shape for n in range(2) for name, shape in in_layer.items()}
+    return ModuleTable({name: Module(name, *shape) for name, shape in shapes.items()})
 
 
 @pytest.fixture
-def write_adapter(tiny_shapes: BaseModelShapes) -> WriteAdapter:
+def as_future() -> Callable[[ModuleTable], Future[ModuleTable]]:
+    """A table as the library takes it, from an engine that has started."""
+
+    def as_future(table: ModuleTable) -> Future[ModuleTable]:
+        future: Future[ModuleTable] = Future()
+        future.set_result(table)
+        return future
+
+    return as_future
+
+
+@pytest.fixture
+def write_adapter(tiny_table: ModuleTable) -> WriteAdapter:
     """Writes an adapter of a few kB in PEFT layout: ``write_adapter(folder, rank=4, seed=0, config={}, tensors={})``.
 
     config and tensors replace entries of what PEFT would write (a tensor of None: leave it out).
@@ -54,10 +70,10 @@ def write_adapter(tiny_shapes: BaseModelShapes) -> WriteAdapter:
     ) -> Path:
         rng = np.random.default_rng(seed)
         weights: dict[str, np.ndarray | None] = {}
-        for module, (out, width) in tiny_shapes.modules.items():
-            prefix = f"base_model.model.{module}"
-            weights[f"{prefix}.lora_A.weight"] = rng.standard_normal((rank, width), np.float32)
-            weights[f"{prefix}.lora_B.weight"] = rng.standard_normal((out, rank), np.float32)
+        for name, module in tiny_table.modules.items():
+            prefix = f"base_model.model.{name}"
+            weights[f"{prefix}.lora_A.weight"] = rng.standard_normal((rank, module.in_features), np.float32)
+            weights[f"{prefix}.lora_B.weight"] = rng.standard_normal((module.out_features, rank), np.float32)
         weights |= tensors or {}
         settings = {
             "peft_type": "LORA",

@@ -16,12 +16,13 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from chameleon_ray.demo import DemoPaths
+from chameleon_ray.engine.options import RESIDENCY_EXTENSION
 from chameleon_ray.engine.paged.memory import AdapterMemory
 from chameleon_ray.engine.paged.options import PagedSettings, paged_arguments
 
 DEADLINE_S = 120.0
 MIB = 1 << 20
-SETTINGS = PagedSettings(memory_share=0.5, host_bytes=48 * MIB, max_rank=128, retry_after_s=0.2, readers=2)
+SETTINGS = PagedSettings(memory_share=0.5, host_bytes=48 * MIB, max_rank=256, retry_after_s=0.2, readers=2)
 """Small on purpose: neither the share of the 128 blocks nor the host memory holds the demo's 24 adapters (78 MB)."""
 
 
@@ -48,6 +49,7 @@ class PagedEngine:
             kv_cache_memory_bytes=64 * MIB,
             enforce_eager=True,
             disable_log_stats=False,
+            worker_extension_cls=RESIDENCY_EXTENSION,
             **paged_arguments(SETTINGS),
         )
         self.llm = LLMEngine.from_engine_args(EngineArgs(**(given | arguments)))
@@ -129,7 +131,8 @@ class PagedEngine:
         self.run(lambda: not self.scheduler.has_requests())
         stats = self.memory.cache.stats()
         assert (stats.requests_running, stats.requests_queued, stats.loads_in_flight) == (0, 0, 0)
-        assert self.free_blocks() + stats.blocks_held == self.num_blocks
+        lent = stats.blocks_held if self.memory.policy.config.shares_kv else 0
+        assert self.free_blocks() + lent == self.num_blocks
 
     @property
     def num_blocks(self) -> int:

@@ -19,11 +19,15 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from chameleon_ray.adapters.identity import AdapterId
+from chameleon_ray.adapters.modules import ModuleTable
 from chameleon_ray.engine.paged.checkpoint import AdapterSummary
 from chameleon_ray.engine.paged.memory import _Known
 from chameleon_ray.engine.paged.messages import ModelLayout, StepResults
 from chameleon_ray.engine.paged.options import PagedSettings, paged_arguments
 from chameleon_ray.engine.paged.scheduler import ChameleonScheduler
+from chameleon_ray.engine.slots.messages import SlotLayout
+from chameleon_ray.engine.slots.options import slots_arguments
+from chameleon_ray.engine.slots.scheduler import SlotsScheduler
 from chameleon_ray.policy.adapter import Adapter, Tier
 from chameleon_ray.policy.lengths import HistoryPredictor
 from chameleon_ray.policy.replica import ReplicaConfig, ReplicaPolicy
@@ -116,7 +120,10 @@ def simulate(
 
 
 class RealScheduler:
-    """vLLM's scheduler with our policy in it, and a clock that stands where it is put."""
+    """vLLM's scheduler with our policy in it, and a clock that stands where it is put.
+
+    num_slots: adapters are in so many slots; None: in KV memory.
+    """
 
     def __init__(
         self,
@@ -125,10 +132,12 @@ class RealScheduler:
         settings: PagedSettings,
         adapters: Sequence[Adapter],
         requests: Sequence[Any],
+        num_slots: int | None = None,
     ) -> None:
         self.now_s = 0.0
-        self.scheduler = _scheduler(model, costs, settings)
-        self.scheduler.connector.set_xfer_handshake_metadata({0: _layout(costs)})
+        self.scheduler = _scheduler(model, costs, settings, num_slots)
+        layout = _layout(costs) if num_slots is None else SlotLayout(ModuleTable(), frozenset(), num_slots, 1, 4)
+        self.scheduler.connector.set_xfer_handshake_metadata({0: layout})
         self.memory = self.scheduler.connector.memory
         self.memory._clock = lambda: self.now_s
         self._loras = {}
@@ -137,7 +146,7 @@ class RealScheduler:
         for number, adapter in enumerate(adapters, start=1):
             adapter_id = AdapterId(adapter.digest)
             self._loras[adapter.digest] = LoRARequest(adapter_id.lora_name(str(number)), number, "nowhere")
-            num_blocks = costs.adapter_blocks(adapter.size_bytes)
+            num_blocks = costs.adapter_blocks(adapter.size_bytes) if num_slots is None else 1
             summary = AdapterSummary(adapter.rank, (adapter.rank,), num_blocks, adapter.size_bytes)
             given = self.memory._numbers.number(adapter.digest)
             self.memory._known[adapter.digest] = _Known(adapter_id, str(number), "nowhere", given, summary=summary)
@@ -169,10 +178,10 @@ class RealScheduler:
         self.scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
 
     def _fetched(self, digest: str) -> None:
-        self._hear(StepResults(fetched=Counter({self.memory._numbers.number(digest): 1})))
+        self._hear(StepResults(Counter({("fetch", self.memory._numbers.number(digest)): 1})))
 
     def _loaded(self, digest: str) -> None:
-        self._hear(StepResults(loaded=Counter({self.memory._numbers.number(digest): 1})))
+        self._hear(StepResults(Counter({("load", self.memory._numbers.number(digest)): 1})))
 
     def _hear(self, results: StepResults) -> None:
         """At once: in the engine it comes with the step's output, before the arrivals that came meanwhile."""
@@ -207,7 +216,7 @@ def _layout(costs: CostModel) -> ModelLayout:
     return ModelLayout(
         parts={},
         targets={},
-        renames=None,
+        table=ModuleTable(),
         num_layers=1,
         page_elems=block_elems,
         pages_per_block=1,
@@ -216,7 +225,7 @@ def _layout(costs: CostModel) -> ModelLayout:
     )
 
 
-def _scheduler(model: str, costs: CostModel, settings: PagedSettings) -> ChameleonScheduler:
+def _scheduler(model: str, costs: CostModel, settings: PagedSettings, num_slots: int | None) -> ChameleonScheduler:
     limits = costs.limits
     config = EngineArgs(
         model=model,
@@ -229,7 +238,7 @@ def _scheduler(model: str, costs: CostModel, settings: PagedSettings) -> Chamele
         enforce_eager=True,
         enable_prefix_caching=False,
         watermark=limits.watermark_share,
-        **paged_arguments(settings),
+        **(paged_arguments(settings) if num_slots is None else slots_arguments(num_slots, 128, settings)),
     ).create_engine_config()
     num_blocks = costs.memory.pool_blocks + 1
     config.cache_config.num_gpu_blocks = num_blocks
@@ -237,6 +246,5 @@ def _scheduler(model: str, costs: CostModel, settings: PagedSettings) -> Chamele
         block_size=costs.memory.block_tokens, num_kv_heads=1, head_size=8, dtype=config.model_config.dtype
     )
     kv_cache_config = KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)])
-    return ChameleonScheduler(
-        config, kv_cache_config, StructuredOutputManager(config), block_size=costs.memory.block_tokens
-    )
+    scheduler = ChameleonScheduler if num_slots is None else SlotsScheduler
+    return scheduler(config, kv_cache_config, StructuredOutputManager(config), block_size=costs.memory.block_tokens)

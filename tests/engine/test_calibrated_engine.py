@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import pytest
 from engine_harness import PagedEngine
 
-from chameleon_ray.bench.calibrate.child import measure
-from chameleon_ray.bench.calibrate.live import CpuClock, LiveEngine
-from chameleon_ray.bench.calibrate.measured import CalibrationError, Effort
-from chameleon_ray.bench.calibrate.report import cost_model
+from chameleon_ray.calibrate.child import measure
+from chameleon_ray.calibrate.live import CpuClock, LiveEngine
+from chameleon_ray.calibrate.measured import CalibrationError, Effort
+from chameleon_ray.calibrate.report import cost_model
 from chameleon_ray.demo import DemoPaths
 
 SMALL = Effort(repeats=2, batches=(1, 3), prompts=(16, 64), num_requests=12, num_loads=2)

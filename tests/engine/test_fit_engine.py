@@ -10,7 +10,7 @@ from chameleon_ray.model_shape import ModelShape, read_config
 
 def test_blocks_and_bytes_are_those_of_the_engine(engine: PagedEngine, demo: DemoPaths) -> None:
     config = read_config(demo.model)
-    layout = engine.memory._layout
+    layout = engine.memory.storage.layout
     assert list(layout.parts.values()) == list(ModelShape.of(config, "demo").parts().values())
     block_size = engine.scheduler.block_size
     found = {rank.rank: rank for rank in fit(config | {"dtype": "float32"}, "demo", block_size=block_size).ranks}

@@ -108,8 +108,9 @@ def _broken(source: Path, target: Path, problem: str) -> Path:
         head["base_model.model.lm_head.lora_B.weight"] = tensors[first].copy()
         save_file(tensors | head, weights)
     elif problem == "rank":
-        grown = {name: t.repeat(20, axis=0 if "lora_A" in name else 1) for name, t in tensors.items()}
+        grown = {name: t.repeat(40, axis=0 if "lora_A" in name else 1) for name, t in tensors.items()}
         save_file(grown, weights)
+        (target / "adapter_config.json").write_text(json.dumps(config | {"r": 40 * config["r"]}))
     elif problem == "dora":
         (target / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     return target
@@ -119,11 +120,11 @@ def _broken(source: Path, target: Path, problem: str) -> Path:
     ("problem", "says"),
     [
         ("missing", "missing"),
-        ("truncated", "cannot be read"),
-        ("wrong shape", "do not fit"),
+        ("truncated", "truncated"),
+        ("wrong shape", "another base model"),
         ("not finite", "finite"),
         ("output head", "lm_head"),
-        ("rank", "over the bound of 128"),
+        ("rank", "over the bound of 256"),
         ("dora", "use_dora"),
     ],
 )
@@ -145,7 +146,7 @@ def test_bad_adapter_fails_its_own_requests_only_and_can_be_repaired(
         assert says in outcome.stop_reason and adapter.lora_name in outcome.stop_reason
     assert well.tokens == reference.tokens(PROMPTS[0], other, 8)
     assert base.tokens == reference.tokens(PROMPTS[0], None, 8)
-    # Refused at once until the retry time, then tried again: here with good files.
+    # Refused again, until there are good files.
     assert engine.finish([engine.add(PROMPTS[0], adapter)])[0].finish_reason == "error"
     shutil.rmtree(folder)
     shutil.copytree(demo.adapters / good, folder)

@@ -8,11 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 from engine_harness import PagedEngine, Reference
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine.core import EngineCore
 
 from chameleon_ray.demo import DemoPaths
+from chameleon_ray.engine.paged.messages import StepOrders, StepResults
 from chameleon_ray.engine.paged.stats import StatsReporter
 from chameleon_ray.policy.adapter import Tier
-from chameleon_ray.policy.cache import EvictReason
+from chameleon_ray.policy.cache_types import EvictReason
 
 PROMPT = list(range(10, 40))
 
@@ -184,10 +188,69 @@ def test_ten_thousand_aborts_leave_nothing_behind(engine: PagedEngine, demo: Dem
     assert engine.free_blocks() == engine.num_blocks
 
 
+def test_a_retired_adapter_leaves_the_engine_without_any_request(engine: PagedEngine, demo: DemoPaths) -> None:
+    adapters = [engine.adapter(demo.adapters / name) for name in demo.adapter_names()[:3]]
+    engine.finish([engine.add(PROMPT, adapter, 1) for adapter in adapters])
+    running = engine.add(PROMPT, adapters[0], max_tokens=20)
+    engine.run(lambda: len(engine.outcomes[running].tokens) > 1)
+    memory, host = engine.memory, get_kv_transfer_group().host
+    assert EngineCore.retire_adapters(engine.llm.engine_core.engine_core, list(memory._known)), "as by a utility call"
+    [outcome] = engine.finish([running])
+    assert outcome.finish_reason == "length"
+    engine.run(lambda: not engine.scheduler.has_requests())
+    assert not memory._known and not memory.cache.tiers()
+    assert not host.resident and not host._copies
+    assert engine.free_blocks() == engine.num_blocks
+    assert engine.finish([engine.add(PROMPT, adapters[0], max_tokens=20)])[0].tokens == outcome.tokens
+
+
 def test_prefix_cache_can_be_reset_although_idle_adapters_hold_blocks(engine: PagedEngine, demo: DemoPaths) -> None:
     engine.finish([engine.add(PROMPT, engine.adapter(demo.adapters / demo.adapter_names()[0]), 1)])
     assert engine.memory.cache.stats().blocks_held > 0
     assert engine.scheduler.reset_prefix_cache()
+
+
+def test_reset_takes_adapters_in_use_as_well_and_their_requests_go_on(engine: PagedEngine, demo: DemoPaths) -> None:
+    """As vLLM does before sleep and in pause, where the KV cache, adapters included, may be gone afterwards."""
+    adapter = engine.adapter(demo.adapters / demo.adapter_names()[0])
+    [undisturbed] = engine.finish([engine.add(PROMPT, adapter, 12)])
+    request = engine.add(PROMPT, adapter, 12)
+    engine.run(lambda: len(engine.outcomes[request].tokens) > 3)
+    assert engine.memory.cache.stats().blocks_held > 0
+    assert engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert engine.memory.cache.stats().blocks_held == 0 and engine.free_blocks() == engine.num_blocks
+    engine.memory.check()
+    [outcome] = engine.finish([request])
+    assert outcome.tokens == undisturbed.tokens
+
+
+@pytest.mark.parametrize("has_forward", [True, False])
+def test_only_steps_without_a_forward_pass_wait_for_adapters(
+    engine: PagedEngine, monkeypatch: pytest.MonkeyPatch, has_forward: bool
+) -> None:
+    """vLLM's V2 runner hands the orders on outside of a forward context, whether the step computes or not."""
+    waited: list[bool] = []
+    connector = get_kv_transfer_group()
+    monkeypatch.setattr(connector.host, "take_results", lambda may_wait: waited.append(may_wait) or StepResults())
+    connector.bind_connector_metadata(StepOrders(has_forward=has_forward))
+    connector.start_load_kv(SimpleNamespace(attn_metadata=None))
+    connector.build_connector_worker_meta()
+    connector.clear_connector_metadata()
+    assert waited == [not has_forward]
+
+
+def test_steps_that_compute_say_so_to_the_workers(engine: PagedEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduled: list[tuple[bool, bool]] = []
+    build = engine.scheduler.connector.build_connector_meta
+
+    def building(output: SchedulerOutput) -> StepOrders:
+        orders = build(output)
+        scheduled.append((output.total_num_scheduled_tokens > 0, orders.has_forward))
+        return orders
+
+    monkeypatch.setattr(engine.scheduler.connector, "build_connector_meta", building)
+    engine.finish([engine.add(PROMPT, max_tokens=3)])
+    assert (True, True) in scheduled and all(computes == said for computes, said in scheduled)
 
 
 def test_report_to_the_front_end_says_what_has_changed(
@@ -214,7 +277,7 @@ def test_report_to_the_front_end_says_what_has_changed(
     assert (busy.data["cache"]["requests_running"], idle.data["cache"]["requests_running"]) == (1, 0)
     # What the host copy displaced is reported as well.
     assert list(busy.data["tiers"].values()).count(Tier.GPU) == 1 and idle.data["tiers"] == {}
-    assert [index for index, _ in busy.data["waited"]] == [0] and not idle.data["waited"]
+    assert len(busy.data["waited"]) == 1 and not idle.data["waited"]  # In which queue depends on what came before.
     assert busy.data["queues"]["num_running"] == 1 and idle.data["queues"]["num_running"] == 0
     assert idle.data["predictions"]["num_requests"] > 0
     assert busy.data["seconds"]["load"] and not idle.data["seconds"]["load"]

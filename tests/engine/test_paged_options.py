@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 from vllm import EngineArgs
 
-from chameleon_ray.config import AppConfig
+from chameleon_ray.config import AppConfig, ConfigError
 from chameleon_ray.demo import DemoPaths
-from chameleon_ray.engine.options import server_args
+from chameleon_ray.engine.options import resolve_adapter_memory, server_args
 from chameleon_ray.engine.paged.options import PagedSettings, lift_slot_limits, paged_arguments, unsupported_reason
+from chameleon_ray.engine.slots import options as slots_options
 
 
 def _vllm_config(demo: DemoPaths, **arguments: Any) -> Any:
@@ -38,12 +39,46 @@ def test_what_is_not_supported_is_named(demo: DemoPaths, arguments: dict[str, An
     assert reason in (unsupported_reason(_vllm_config(demo, **arguments)) or "")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({}, None),
+        ({"kv_cache_dtype": "fp8", "fully_sharded_loras": True}, None),
+        ({"enable_lora": False}, "not enabled"),
+        ({"pipeline_parallel_size": 2}, "pipeline"),
+    ],
+)
+def test_slots_take_more_than_pages(demo: DemoPaths, arguments: dict[str, Any], reason: str | None) -> None:
+    found = slots_options.unsupported_reason(_vllm_config(demo, **arguments))
+    assert found is None if reason is None else reason in (found or "")
+
+
+def test_an_option_that_has_no_effect_with_what_auto_chooses_is_an_error(
+    demo: DemoPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resolved(device: str, **engine: Any) -> str:
+        monkeypatch.setattr("chameleon_ray.engine.options.resolve_device", lambda engine: device)
+        config = AppConfig.from_args({"model": {"source": str(demo.model)}, "engine": engine})
+        return resolve_adapter_memory(config).engine.adapter_memory
+
+    assert resolved("cpu", adapter_memory_share=0.3) == "paged"
+    assert resolved("cuda", max_loras=16, adapter_host_gib=8.0) == "slots"
+    with pytest.raises(ConfigError, match=r"engine\.max_loras: without effect .*auto, which is paged here"):
+        resolved("cpu", max_loras=16)
+    with pytest.raises(ConfigError, match=r"engine\.adapter_memory_share: without effect .*slots here"):
+        resolved("cuda", adapter_memory_share=0.3)
+
+
 def test_configuration_chooses_between_pages_and_slots(demo: DemoPaths) -> None:
     def arguments(**engine: Any) -> Any:
         return server_args(AppConfig.from_args({"model": {"source": str(demo.model)}, "engine": engine}))
 
-    slots = arguments(adapter_memory="slots", max_loras=3)
-    assert (slots.max_loras, slots.scheduler_cls) == (3, None)
+    stock = arguments(adapter_memory="stock", max_loras=3)
+    assert (stock.max_loras, stock.max_cpu_loras, stock.scheduler_cls) == (3, 64, None)
+    slots = arguments(adapter_memory="slots", max_loras=3, adapter_host_gib=2.0)
+    assert (slots.max_loras, slots.max_cpu_loras, slots.max_lora_rank) == (3, 3, 128)
+    assert slots.scheduler_cls == "chameleon_ray.engine.slots.scheduler.SlotsScheduler"
+    assert PagedSettings(**slots.additional_config["chameleon"]).host_bytes == 2 << 30
     paged = arguments(adapter_memory="paged", adapter_memory_share=0.25, adapter_host_gib=2.0)
     assert paged.scheduler_cls == "chameleon_ray.engine.paged.scheduler.ChameleonScheduler"
     settings = PagedSettings(**paged.additional_config["chameleon"])

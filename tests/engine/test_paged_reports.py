@@ -7,27 +7,33 @@ import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from adapter_files import scaled_adapter
 from engine_harness import PagedEngine
 from safetensors.numpy import load_file, save_file
 from spin_probe import PROBE
 from vllm.outputs import CompletionOutput, RequestOutput
-from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
-from chameleon_ray.adapters.errors import AdapterLoadError, AdapterNoRoomError, AdapterRetryLaterError
+from chameleon_ray.adapters.errors import (
+    AdapterError,
+    AdapterInvalidError,
+    AdapterLoadError,
+    AdapterNoRoomError,
+    AdapterRetryLaterError,
+    AdapterTooLargeError,
+)
 from chameleon_ray.adapters.identity import AdapterId
 from chameleon_ray.adapters.record import AdapterRecord
 from chameleon_ray.config import AppConfig
 from chameleon_ray.demo import DemoPaths
 from chameleon_ray.engine.paged import host
 from chameleon_ray.engine.paged.stats import StatsReporter
-from chameleon_ray.engine.refusals import RETRY_AFTER_S, RequestRefusedError, raise_refused
-from chameleon_ray.engine.report import WAITING_FOR, PolicyReport
+from chameleon_ray.engine.refusals import CODE, RETRY_AFTER_S, RequestRefusedError, raise_refused
+from chameleon_ray.engine.report import RECENT_S, WAITING_FOR, Activity, PolicyReport, RecentEviction
 from chameleon_ray.engine.server import EngineServer
 from chameleon_ray.engine.stats import LoadStats
 from chameleon_ray.engine.vllm_metrics import by_client_name
@@ -69,7 +75,7 @@ def test_adapters_are_named_as_by_clients_and_only_where_they_have_requests() ->
 
 
 def test_report_arrives_as_the_policys_own_objects(
-    engine: PagedEngine, demo: DemoPaths, monkeypatch: pytest.MonkeyPatch
+    engine: PagedEngine, demo: DemoPaths, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     now_s = 100.0
     stats = LoadStats(engine.llm.vllm_config, clock=lambda: now_s)
@@ -103,7 +109,8 @@ def test_report_arrives_as_the_policys_own_objects(
     monkeypatch.setattr(engine.scheduler.connector, "_reporter", Watched())
     monkeypatch.setattr(host, "read_pages", read_after_report)
     engine.memory.evict_idle()
-    request = engine.add(PROMPT, engine.adapter(demo.adapters / demo.adapter_names()[8], "read for the first time"), 4)
+    unread = scaled_adapter(demo.adapters / demo.adapter_names()[8], tmp_path / "unread", 0.5)
+    request = engine.add(PROMPT, engine.adapter(unread), 4)
     while not engine.outcomes[request].tokens:
         engine.step()
         now_s += 1.0
@@ -113,7 +120,8 @@ def test_report_arrives_as_the_policys_own_objects(
     now_s += 3.5
     assert stats.report_age_s >= 3.5
     events = stats.take_events()
-    assert [queue for queue, waited_s in events.waited if waited_s >= 0] == [0]
+    [(_, waited_s)] = events.waited  # in which queue depends on what came before
+    assert waited_s >= 0
     assert [what for what, seconds in events.seconds if seconds > 0][-1] == "load"
     assert not stats.take_events().waited, "taken once"
 
@@ -137,6 +145,52 @@ def test_load_says_how_full_the_kv_pool_is_without_idle_adapters(engine: PagedEn
     engine.settle()
     assert engine.free_blocks() < engine.num_blocks
     assert kv_used_share() == pytest.approx(0.0, abs=0.001)
+
+
+def test_activity_splits_the_pool_and_names_what_left(engine: PagedEngine, demo: DemoPaths) -> None:
+    now_s = 50.0
+    stats = LoadStats(engine.llm.vllm_config, clock=lambda: now_s)
+
+    def activity() -> Activity:
+        report = StatsReporter(engine.memory).take()
+        assert report is not None
+        usage = engine.scheduler.kv_cache_manager.usage
+        stats.record(SchedulerStats(kv_connector_stats=report.data, kv_cache_usage=usage), None)
+        return stats.activity()
+
+    adapter = engine.adapter(demo.adapters / demo.adapter_names()[8], "shown")
+    engine.memory.evict_idle()
+    request = engine.add(PROMPT, adapter, 40)
+    engine.run(lambda: len(engine.outcomes[request].tokens) > 2)
+    running = activity()
+    held = engine.memory.cache.stats().blocks_held / engine.num_blocks
+    in_use = 1 - engine.free_blocks() / engine.num_blocks
+    assert running.kv_adapters_share == pytest.approx(held, rel=0.01) and held > 0
+    assert running.kv_requests_share == pytest.approx(in_use - held, rel=0.1) and in_use > held
+    assert running.kv_free_share == pytest.approx(1 - in_use, rel=0.01)
+    engine.settle()
+    idle = activity()
+    assert idle.kv_requests_share == pytest.approx(0.0, abs=0.001) and idle.kv_adapters_share > 0
+    engine.memory.evict_idle()
+    assert activity().kv_adapters_share == 0
+    now_s = 53.0
+    assert stats.activity().evictions[0] == RecentEviction("shown", "kv_pressure", 3.0)
+
+
+def test_rate_and_latency_are_of_the_latest_seconds(engine: PagedEngine) -> None:
+    now_s = 0.0
+    stats = LoadStats(engine.llm.vllm_config, clock=lambda: now_s)
+    assert (stats.activity().requests_per_s, stats.activity().ttft_p50_s) == (0.0, None)
+    for now_s in (1.0, 9.0):
+        iteration = IterationStats()
+        iteration.time_to_first_tokens_iter = [0.1 * now_s, 0.2, 0.3]
+        stats.record(None, iteration)
+    shown = stats.activity()
+    assert (shown.requests_per_s, shown.ttft_p50_s, shown.ttft_p95_s) == (6 / RECENT_S, 0.2, 0.9)
+    now_s = 1.0 + RECENT_S
+    assert (stats.activity().requests_per_s, stats.activity().ttft_p95_s) == (3 / RECENT_S, 0.9)
+    now_s = 9.0 + RECENT_S
+    assert stats.activity().ttft_p50_s is None
 
 
 def test_waiting_requests_are_counted_by_what_they_wait_for(
@@ -163,7 +217,7 @@ def test_headers_that_cannot_be_read_are_counted(engine: PagedEngine, tmp_path: 
     assert engine.memory.num_inspection_failures == before + 1
     report = StatsReporter(engine.memory).take()
     assert report is not None
-    assert PolicyReport.of(report.data).num_failures["inspection"] == before + 1
+    assert PolicyReport.of(report.data).num_inspection_failures == before + 1
 
 
 def test_a_stream_that_has_begun_ends_with_the_reason_not_with_internal_error() -> None:
@@ -177,9 +231,12 @@ def test_a_stream_that_has_begun_ends_with_the_reason_not_with_internal_error() 
 
 
 def test_refusal_without_use_in_trying_again_is_the_requests_own_fault() -> None:
-    error = RequestRefusedError("too large", None)
+    error = RequestRefusedError(AdapterNoRoomError.code, "too large", None)
     assert error.status_code == 400
     assert isinstance(error.as_adapter_error(), AdapterNoRoomError)
+    error = RequestRefusedError(AdapterTooLargeError.code, "too large", None)
+    assert error.status_code == 413
+    assert isinstance(error.as_adapter_error(), AdapterTooLargeError)
 
 
 class Served:
@@ -189,9 +246,9 @@ class Served:
         self.server = server
         self._demo = demo
 
-    def record(self, name: str, folder: Path) -> AdapterRecord:
+    def record(self, name: str, folder: Path, size: int | None = None) -> AdapterRecord:
         digest = (name.encode().hex() + "0" * 64)[:64]
-        size = (folder / "adapter_model.safetensors").stat().st_size
+        size = size or (folder / "adapter_model.safetensors").stat().st_size
         return AdapterRecord(name=name, digest=digest, uri=str(folder), rank=8, size_bytes=size)
 
     def call(self, name: str | None, folder: Path | None = None, path: str = "/v1/completions", **fields: Any) -> Any:
@@ -214,7 +271,7 @@ def serve(demo: DemoPaths, test: Callable[[Served], Awaitable[None]]) -> None:
             "engine": small
             | {"adapter_memory": "paged", "adapter_host_gib": 0.1}
             | {"worker_spin_s": 0.003, "vllm_args": {"worker_extension_cls": PROBE}},
-            "adapters": {"retry_after_s": RETRY_S},
+            "adapters": {"retry_after_s": RETRY_S, "max_rank": 512},
         }
     )
 
@@ -230,48 +287,111 @@ def serve(demo: DemoPaths, test: Callable[[Served], Awaitable[None]]) -> None:
 def test_client_learns_why_its_adapter_cannot_be_used_and_nobody_else_is_harmed(
     demo: DemoPaths, tmp_path: Path
 ) -> None:
-    good, name = demo.adapter_names()[0], "broken"
-    folder = Path(shutil.copytree(demo.adapters / good, tmp_path / name))
-    weights = load_file(folder / "adapter_model.safetensors")
-    next(iter(weights.values()))[0, 0] = np.nan
-    save_file(weights, folder / "adapter_model.safetensors")
+    good, changed = demo.adapter_names()[0], "changed"
     messages = [{"role": "user", "content": "Hello"}]
     chat = {"path": "/v1/chat/completions", "messages": messages}
+    ways = ({}, {"stream": True}, chat, chat | {"stream": True})
 
-    async def refused(served: Served, **fields: Any) -> AdapterRetryLaterError:
-        with pytest.raises(AdapterRetryLaterError) as caught:
+    async def refused(served: Served, name: str, folder: Path, **fields: Any) -> AdapterError:
+        with pytest.raises(AdapterError) as caught:
             async with served.call(name, folder, **fields) as call:
                 await call.head()
                 await anext(call.chunks(lambda: 0.0))
         return caught.value
 
     async def test(served: Served) -> None:
-        await served.server.accept(served.record(name, folder), folder)
         whole = await served.answer(good)
         assert whole[0] == 200
-        failing = [refused(served, **fields) for fields in ({}, {"stream": True}, chat, chat | {"stream": True})]
+        await _check_inspections(served, demo, tmp_path)
+
+        folder = Path(shutil.copytree(demo.adapters / good, tmp_path / changed))
+        await served.server.accept(served.record(changed, folder), folder, whole=True)
+        _truncate(folder)
         errors, others, base = await asyncio.gather(
-            asyncio.gather(*failing),
+            asyncio.gather(*(refused(served, changed, folder, **fields) for fields in ways)),
             asyncio.gather(*(served.answer(good) for _ in range(4))),
             served.answer(None, stream=True),
         )
         for error in errors:
-            assert isinstance(error.args[0], AdapterLoadError)
-            assert "finite" in str(error) and name in str(error)
+            assert isinstance(error, AdapterRetryLaterError) and isinstance(error.args[0], AdapterLoadError)
+            assert "truncated" in str(error) and changed in str(error)
             assert (error.http_status, error.code) == (503, "adapter_load_failed")
             assert 0 < error.retry_after_s <= RETRY_S
         text = json.loads(whole[1])["choices"][0]["text"]
         assert [(status, json.loads(body)["choices"][0]["text"]) for status, body in others] == [(200, text)] * 4
         assert base[0] == 200 and base[1].endswith(b"data: [DONE]\n\n") and b"error" not in base[1]
-        _check_reports(served.server, name)
+
+        # Nobody has inspected it before its requests.
+        broken = Path(shutil.copytree(demo.adapters / good, tmp_path / "broken"))
+        _truncate(broken)
+        for fields in ways:
+            error = await refused(served, "broken", broken, **fields)
+            assert isinstance(error, AdapterInvalidError) and error.http_status == 400
+            assert "truncated" in str(error) and "tried again" not in str(error)
+        _check_reports(served.server)
         await _check_tiers(served, demo)
+        await _check_retirement(served, demo)
         assert await served.server._engine.collective_rpc("spin_times") == [[0.003]]
 
     serve(demo, test)
 
 
+def _truncate(folder: Path) -> None:
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+async def _check_inspections(served: Served, demo: DemoPaths, tmp_path: Path) -> None:
+    """An idle engine says of an adapter whether it can serve it; what it refuses leaves it as it was."""
+    small, large = demo.adapter_names()[0], next(name for name in demo.adapter_names() if "-r128-" in name)
+    tensors = load_file(demo.adapters / large / "adapter_model.safetensors")
+    grown = Path(shutil.copytree(demo.adapters / large, tmp_path / "grown"))
+    repeated = {name: array.repeat(4, axis=0 if "lora_A" in name else 1) for name, array in tensors.items()}
+    save_file(repeated, grown / "adapter_model.safetensors")
+    config = json.loads((grown / "adapter_config.json").read_text())
+    (grown / "adapter_config.json").write_text(json.dumps(config | {"r": 4 * config["r"]}))
+    broken = Path(shutil.copytree(demo.adapters / small, tmp_path / "truncated"))
+    _truncate(broken)
+    found = served.server.policy_report()
+    assert found is not None
+    bound = found[0].limits.max_blocks
+    for _ in range(2):
+        with pytest.raises(AdapterTooLargeError, match=rf"takes \d+ blocks of KV memory, .* may hold {bound}"):
+            await served.server.accept(served.record("grown", grown), grown, whole=True)
+        with pytest.raises(AdapterInvalidError, match="truncated or damaged"):
+            await served.server.accept(served.record("truncated", broken), broken)
+        with pytest.raises(AdapterLoadError, match="missing"):
+            await served.server.accept(served.record("gone", tmp_path / "gone", 1), tmp_path / "gone")
+    # Weights that are not zero, and whose product is.
+    faint = Path(shutil.copytree(demo.adapters / small, tmp_path / "faint"))
+    tensors = load_file(faint / "adapter_model.safetensors")
+    save_file({name: array * 1e-30 for name, array in tensors.items()}, faint / "adapter_model.safetensors")
+    await served.server.accept(served.record("faint", faint), faint, whole=True)
+    with pytest.raises(AdapterInvalidError, match=r"'faint' .* does not change the answer"):
+        await served.server.check_effect(served.record("faint", faint), faint)
+    await served.server.accept(served.record(large, demo.adapters / large), demo.adapters / large, whole=True)
+    await served.server.check_effect(served.record(large, demo.adapters / large), demo.adapters / large)
+    for name in (large, small):
+        assert (await served.answer(name))[0] == 200, "what it has accepted is served by the next request"
+    found = served.server.policy_report()
+    assert found is not None and found[0].cache.adapters_known == 3
+
+
+def _check_reports(server: EngineServer) -> None:
+    assert server.adapter_memory == "paged"
+    found = server.policy_report()
+    assert found is not None
+    report, age_s = found
+    assert 0 <= age_s < LIMIT_S
+    assert report.num_inspection_failures >= 1 and report.cache.fetch_failures == 1
+    assert report.cache.hits + report.cache.misses >= 5 and report.cache.adapters_resident == 3
+    events = server.take_policy_events()
+    assert len(events.waited) == report.queues.num_admissions
+    assert {what for what, _ in events.seconds} == {"fetch", "load"}
+
+
 async def _check_tiers(served: Served, demo: DemoPaths) -> None:
-    """The KV memory holds some of the demo's adapters, host memory all of them."""
+    """The KV memory holds some of the demo's adapters and of one more, host memory all of them."""
     names = demo.adapter_names()
     for name in names:
         assert (await served.answer(name))[0] == 200
@@ -280,24 +400,19 @@ async def _check_tiers(served: Served, demo: DemoPaths) -> None:
     found = served.server.policy_report()
     assert found is not None
     counts = Counter(served.server.tiers.values())
-    assert counts == {Tier.GPU: found[0].cache.adapters_resident, Tier.HOST: len(names) - counts[Tier.GPU]}
+    assert counts == {Tier.GPU: found[0].cache.adapters_resident, Tier.HOST: len(names) + 1 - counts[Tier.GPU]}
     assert min(counts.values()) > 0
 
 
-def _check_reports(server: EngineServer, broken: str) -> None:
-    assert server.adapter_memory == "paged"
-    [(digest, reason)] = server.failures().items()
-    assert bytes.fromhex(digest).startswith(broken.encode()) and "finite" in reason
-    found = server.policy_report()
-    assert found is not None
-    report, age_s = found
-    assert 0 <= age_s < LIMIT_S
-    assert report.num_failures["fetch"] >= 1 and report.num_failures["inspection"] == 0
-    assert report.cache.hits + report.cache.misses >= 5 and report.cache.adapters_resident == 1
-    assert report.accuracy.num_requests == 6, asdict(report.accuracy)
-    events = server.take_policy_events()
-    assert len(events.waited) == report.queues.num_admissions
-    assert {what for what, _ in events.seconds} == {"fetch", "load"}
+async def _check_retirement(served: Served, demo: DemoPaths) -> None:
+    """The engine, which has no requests, forgets all adapters but one."""
+    server, name = served.server, demo.adapter_names()[-1]
+    kept = served.record(name, demo.adapters / name).digest
+    async with asyncio.timeout(LIMIT_S):
+        while not server.known == server.tiers.keys() == {kept}:  # The report comes with the step after.
+            await server.retire(server.known - {kept})
+    assert server.activity().evictions[0].reason == "retired"
+    assert {eviction.adapter for eviction in server.activity().evictions} <= {*demo.adapter_names(), "faint"}
 
 
 def test_the_key_of_the_retry_time_is_the_schedulers(engine: PagedEngine, tmp_path: Path) -> None:
@@ -314,4 +429,4 @@ def test_the_key_of_the_retry_time_is_the_schedulers(engine: PagedEngine, tmp_pa
     finally:
         del engine.scheduler._end_failed
     [output] = seen
-    assert 0 < output.kv_transfer_params[RETRY_AFTER_S] <= 0.2
+    assert output.kv_transfer_params == {CODE: AdapterLoadError.code, RETRY_AFTER_S: 0.2}

@@ -8,6 +8,7 @@ import torch
 from chameleon_kernels import AdapterRows, BatchSpec, LoraBatch, apply_lora, layer_parts
 from safetensors.torch import load_file
 
+from chameleon_ray.adapters.modules import Module, ModuleTable
 from chameleon_ray.demo import DemoPaths
 from chameleon_ray.engine.paged.checkpoint import LayerModule, pack_plan, read_pages, summarise
 from chameleon_ray.engine.paged.messages import ModelLayout, PagedUnsupportedError
@@ -118,7 +119,10 @@ def _demo_layout(geometry: PageGeometry, num_blocks: int) -> tuple[ModelLayout, 
     targets = {
         name: (module.layer, module.first_slice + i) for module in modules for i, name in enumerate(module.slices)
     }
-    layout = ModelLayout(parts, targets, None, NUM_LAYERS, geometry.page_elems, geometry.pages_per_block, num_blocks, 4)
+    sizes = [(width, in_features) for in_features, widths in parts.values() for width in widths]
+    table = ModuleTable({name: Module(name, *sizes[number]) for name, (_, number) in targets.items()})
+    pages = geometry.page_elems, geometry.pages_per_block
+    layout = ModelLayout(parts, table, targets, NUM_LAYERS, *pages, num_blocks, element_bytes=4)
     return layout, modules
 
 
@@ -139,17 +143,17 @@ def test_files_read_into_pages_compute_what_the_checkpoint_says(
     summary = summarise(folder, layout, max_rank=128)
     assert summary.rank == (8, 16, 32, 64, 128)[index]
     plan = pack_plan(layout, summary.slice_ranks)
-    pages = torch.zeros(NUM_LAYERS, plan.rows.num_pages, layout.page_elems)
+    pages = torch.zeros(NUM_LAYERS, plan.num_pages, layout.page_elems)
     read_pages(folder, layout, modules, summary.slice_ranks, pages, check_finite=True)
     assert pages.nbytes == summary.size_bytes
 
     blocks = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(1))[: summary.num_blocks].tolist()
-    starts = geometry.page_starts(blocks)[: plan.rows.num_pages]
+    starts = geometry.page_starts(blocks)[: plan.num_pages]
     for kv, layer in zip(kv_layers, pages, strict=True):
         memory = kv.as_strided((kv.untyped_storage().nbytes() // 4,), (1,))
         for start, page in zip(starts.tolist(), layer, strict=True):
             memory[start : start + layout.page_elems] = page
-    rows = AdapterRows.build(plan.rows, starts, "cpu")
+    rows = AdapterRows.build(plan, starts, "cpu")
     batch = LoraBatch(BatchSpec(max_tokens=8, max_adapters=2, max_rank=128), "cpu")
     batch.update([0, -1, 0], [rows])
 
@@ -177,5 +181,5 @@ def test_settings_reach_vllm_and_unknown_ones_are_named() -> None:
 
 def test_folder_missing(tmp_path: Path) -> None:
     layout, _ = _demo_layout(PageGeometry((0,), 32768, 32768, 64), 64)
-    with pytest.raises(ValueError, match=r"adapter_config\.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json is missing"):
         summarise(tmp_path / "nowhere", layout, max_rank=8)

@@ -51,7 +51,7 @@ def test_predictions_are_learned_from_what_was_served(engine: PagedEngine, demo:
     request = engine.add(PROMPT, adapter, max_tokens=400)
     engine.run(lambda: bool(engine.memory.running))
     [running] = engine.memory.running
-    assert engine.memory.policy._requests[running].num_predicted_tokens == 5
+    assert engine.memory.policy.queues.request(running).num_predicted_tokens == 5
     engine.abort(request)
 
 

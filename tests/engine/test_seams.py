@@ -1,4 +1,4 @@
-"""What the paged engine relies on in vLLM 0.30 beyond its documented hooks. A vLLM upgrade fails here first."""
+"""What our engines rely on in vLLM 0.30 beyond its documented hooks. A vLLM upgrade fails here first."""
 
 import inspect
 
@@ -6,15 +6,18 @@ import pytest
 from engine_harness import PagedEngine
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.model_manager import LoRAModelManager
-from vllm.lora.worker_manager import WorkerLoRAManager
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.engine.core import EngineCoreProc
+from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.request import Request
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -40,11 +43,18 @@ PARAMETERS = {
     LoRAModelManager._create_lora_modules: "self",
     WorkerLoRAManager.create_lora_manager: "self model vllm_config",
     WorkerLoRAManager.set_active_adapters: "self requests mapping",
+    WorkerLoRAManager._load_adapter: "self lora_request",
+    WorkerLoRAManager.add_dummy_lora: "self lora_request rank",
+    LRUCacheWorkerLoRAManager._apply_adapters: "self lora_requests",
+    LoRAModelManager._create_merged_loras_inplace: "self lora_model",
+    LoRAModelManager._get_lora_layer_weights: "self lora_model module_name",
+    BaseLayerWithLoRA.set_lora: "self index lora_a lora_b",
     Worker.initialize_from_config: "self kv_cache_config",
     MultiprocExecutor._init_executor: "self",
     SpinCondition.__init__: "self is_reader context notify_address busy_loop_s",
     KVConnectorBase_V1.set_xfer_handshake_metadata: "self metadata",
     KVConnectorBase_V1.on_new_request: "self request",
+    AsyncMPClient.call_utility_async: "self method args",
     KVConnectorBase_V1.update_state_after_alloc: "self request blocks num_external_tokens",
     KVConnectorBase_V1.build_connector_worker_meta: "self",
 }
@@ -59,6 +69,7 @@ SOURCE = {
         "preempted_req = self.running.pop()",
         "self.connector.update_state_after_alloc(",
         "meta = self._build_kv_connector_meta(self.connector, scheduler_output)",
+        "len(scheduled_loras) == self.lora_config.max_loras",
     ),
     Scheduler._select_waiting_queue_for_scheduling: ("return self.skipped_waiting or self.waiting or None",),
     Scheduler.add_request: ("self.connector.on_new_request(request)",),
@@ -68,11 +79,16 @@ SOURCE = {
     Scheduler.finish_requests: ("self.waiting.remove_requests(",),
     Scheduler._request_blocks_can_be_freed: ("return not self.defer_block_free or",),
     Scheduler.has_requests: ("self.connector.has_pending_push_work()",),
+    EngineCoreProc._handle_client_request: ("(method := getattr(self, method_name))",),
     BaseLinearLayerWithLoRA._apply_lora_to_output: ("self.punica_wrapper.add_lora_linear(",),
     BaseLinearLayerWithLoRA.create_lora_weights: ("max_loras,\n                1,",),
     LoRAModelManager._create_lora_modules: ("self.lora_slots,", "self.supported_lora_modules,"),
+    LoRAModelManager.activate_adapter: ("module.reset_lora(index)", "self.lora_index_to_id[index] = lora_model.id"),
+    LoRAModelManager.set_adapter_mapping: ("self._last_slot_layout != slot_layout",),
+    WorkerLoRAManager.set_active_adapters: ("self._apply_adapters(requests)",),
     SpinCondition.wait: ("if current_time <= self.last_read + self.busy_loop_s:",),
     MultiprocExecutor._init_executor: ("self.response_mqs = []",),
+    EngineCoreProc._invoke_utility_method: ("if isinstance(result, Future):",),
     LoRAModelRunnerMixin.maybe_setup_dummy_loras: ('lora_path="/not/a/real/path"',),
 }
 """Function -> what its text must contain: where vLLM calls us, and where the order of calls matters."""

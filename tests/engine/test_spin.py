@@ -62,7 +62,7 @@ def arguments(**engine: object) -> object:
     return server_args(AppConfig.from_args({"model": {"source": "x"}, "engine": {"device": "cpu"} | engine}))
 
 
-@pytest.mark.parametrize("adapter_memory", ["paged", "slots"])
+@pytest.mark.parametrize("adapter_memory", ["paged", "stock"])
 def test_the_option_reaches_vllms_arguments(adapter_memory: str) -> None:
     given = arguments(adapter_memory=adapter_memory, worker_spin_s=SPIN_S)
     assert given.distributed_executor_backend == EXECUTOR  # type: ignore[attr-defined]

@@ -53,6 +53,15 @@ async def test_names_keep_any_text(config, make_store):
     assert await store.lookup(name) == written
 
 
+async def test_warnings_survive_redis_and_so_does_having_none(config, make_store):
+    store = make_store(config)
+    for warnings in ((), ("it is odd", 'it is "quoted"')):
+        written = await store.put(record("sql", warnings=warnings), replace=True)
+        assert written.warnings == warnings
+        assert await store.lookup("sql") == written
+        assert (await store.remove("sql")).warnings == warnings
+
+
 async def test_a_live_name_is_replaced_only_on_request(config, make_store, follow):
     follower, store = follow(config), make_store(config)
     first = await store.put(record("sql"), replace=False)
@@ -103,8 +112,21 @@ async def test_configuration_does_not_overrule_run_time(config, make_store):
     assert await store.lookup("sql") is None
     await store.put_config(record("chat", origin="config"))
     unloaded = await store.remove("chat")
-    assert unloaded.origin == "config"
+    assert unloaded.origin == "runtime"
     assert await store.put_config(record("chat", "d9", origin="config")) == unloaded
+
+
+async def test_what_was_withdrawn_comes_back_and_what_an_operator_loaded_stays(config, make_store):
+    store = make_store(config)
+    offered = await store.put_config(record("sql", origin="config"))
+    await store.withdraw("sql")
+    assert await store.lookup("sql") is None
+    again = await store.put_config(record("sql", origin="config"))
+    assert (again.deleted, again.version) == (False, offered.version + 2)
+    loaded = await store.put(record("chat"), replace=False)
+    for name in ("chat", "absent"):
+        await store.withdraw(name)
+    assert await store.lookup("chat") == loaded
 
 
 async def test_misuse_is_refused(config, make_store):

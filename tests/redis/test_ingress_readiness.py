@@ -13,26 +13,38 @@ from fastapi.routing import APIRoute
 from chameleon_ray.adapters.record import AdapterRecord
 from chameleon_ray.config import AppConfig
 from chameleon_ray.placement import ClusterFollower, ReplicaPublisher, ReplicaReport, shared_follower
-from chameleon_ray.policy.routing import ReplicaLoad
+from chameleon_ray.policy.replica_load import ReplicaLoad
+from chameleon_ray.progress import Progress
 from chameleon_ray.redis_server import BundledRedis
 from deployments import ingress
+from deployments.parts import AnswerHead, Part, RelayedRequest
 
 pytestmark = pytest.mark.asyncio
 
 LIMIT_S = 10.0
 
 
-class BaseReplicas:
+class Replicas:
     """Where the replicas' Serve handle stands; answers everything, so that what gets there can be seen."""
 
-    def options(self, **_: Any) -> "BaseReplicas":
+    def options(self, **_: Any) -> "Replicas":
         return self
 
-    def remote(self, path: str, body: bytes, model: str, record: AdapterRecord | None) -> Any:
-        async def answer() -> Any:
-            return 200, "application/json", f'{{"model": "{model}"}}'.encode(), 0.0, None
+    def remote(self, request: RelayedRequest, _: Progress) -> "Answer":
+        return Answer(request.model)
 
-        return answer()
+
+class Answer:
+    """A replica's answer, as a Serve handle returns it: one part."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+
+    async def _fetch_future_result_async(self) -> None:
+        """A replica takes the request at once."""
+
+    async def __aiter__(self) -> AsyncIterator[Part]:
+        yield Part(f'{{"model": "{self._model}"}}'.encode(), head=AnswerHead(200, "application/json"))
 
 
 @pytest_asyncio.fixture
@@ -50,7 +62,7 @@ async def start(
     def make(server: BundledRedis) -> tuple[httpx.AsyncClient, ClusterFollower]:
         config = AppConfig.from_args({"model": {"source": "base"}, "redis": make_config(server).model_dump()})
         configs.append(config.redis)
-        served = inner(config.model_dump(mode="json"), BaseReplicas())
+        served = inner(config.model_dump(mode="json", exclude_unset=True), Replicas())
         monkeypatch.setitem(ingress.app.dependency_overrides, servable, lambda: served)
         clients.append((httpx.AsyncClient(transport=httpx.ASGITransport(ingress.app), base_url="http://x"), served))
         return clients[-1][0], served._follower

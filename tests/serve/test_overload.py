@@ -71,5 +71,7 @@ def test_without_the_key_nothing_is_told(narrow_service: Service, path: str) -> 
 
 def test_queues_of_an_engine_without_our_scheduler(narrow_service: Service) -> None:
     [replica] = narrow_service.http.get("/v1/chameleon/queues").json()["replicas"]
-    assert replica.keys() == {"replica", "adapter_memory", "running", "waiting"}
-    assert replica["adapter_memory"] == "slots"
+    assert replica.keys() == {
+        *("replica", "adapter_memory", "running", "waiting", "kv_shares", "recent", "latest_evictions")
+    }
+    assert replica["adapter_memory"] == "stock"

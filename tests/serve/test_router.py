@@ -21,7 +21,7 @@ from ray.serve.request_router import PendingRequest
 from chameleon_ray.config import RedisConfig, RouterConfig
 from chameleon_ray.placement import ReplicaPublisher, ReplicaReport, shared_follower
 from chameleon_ray.policy.adapter import Tier
-from chameleon_ray.policy.routing import ReplicaLoad
+from chameleon_ray.policy.replica_load import ReplicaLoad
 from chameleon_ray.redis_server import BundledRedis, free_port
 from chameleon_ray.router import AffinityRouter, request_router_config
 

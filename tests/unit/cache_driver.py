@@ -1,7 +1,9 @@
 """A driver for adapter caches under test: a block pool and a host tier that only do what committed plans say."""
 
 from chameleon_ray.policy.adapter import Adapter
-from chameleon_ray.policy.cache import AdapterCache, CacheConfig, Plan, State
+from chameleon_ray.policy.cache import AdapterCache
+from chameleon_ray.policy.cache_types import CacheConfig, Plan
+from chameleon_ray.policy.residency import State
 
 BYTES_PER_BLOCK = 1000
 

@@ -4,35 +4,39 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from chameleon_ray.adapters.base_model import BaseModelShapes
 from chameleon_ray.adapters.catalog import AdapterLibrary, check_name, split_model
 from chameleon_ray.adapters.errors import (
     AdapterChangedError,
     AdapterInvalidError,
+    AdapterModulesUnknownError,
     AdapterNameError,
     AdapterPathNotAllowedError,
     AdapterSourceError,
     AdapterTooLargeError,
 )
-from chameleon_ray.config import AdaptersConfig, AdapterSource
+from chameleon_ray.adapters.modules import Module, ModuleTable
+from chameleon_ray.config import AdaptersConfig, AdapterSource, ModelConfig
 
 WriteAdapter = Callable[..., Path]
+AsFuture = Callable[[ModuleTable], Future[ModuleTable]]
 MakeLibrary = Callable[..., AdapterLibrary]
 
 
 @pytest.fixture
-def library(tiny_shapes: BaseModelShapes, tmp_path: Path) -> MakeLibrary:
+def library(tiny_table: ModuleTable, as_future: AsFuture, tmp_path: Path) -> MakeLibrary:
     (tmp_path / "folder").mkdir()
 
-    def make(shapes: BaseModelShapes = tiny_shapes, **options: Any) -> AdapterLibrary:
+    def make(table: ModuleTable | Future[ModuleTable] = tiny_table, **options: Any) -> AdapterLibrary:
+        answer = as_future(table) if isinstance(table, ModuleTable) else table
         settings = {"folder": str(tmp_path / "folder"), "store_dir": str(tmp_path / "store"), "max_rank": 64} | options
-        return AdapterLibrary(AdaptersConfig(**settings), shapes, "base")
+        return AdapterLibrary(AdaptersConfig(**settings), ModelConfig(source="base"), answer)
 
     return make
 
@@ -75,7 +79,7 @@ def test_scan_finds_folder_and_list_and_reports_the_broken(
     (folder / "README").write_text("")
     elsewhere = write_adapter(tmp_path / "elsewhere", seed=1)
     (folder / "linked").symlink_to(write_adapter(tmp_path / "not-allowed"))
-    listed = [("listed", elsewhere.as_uri()), ("twice", str(elsewhere)), ("remote", "s3://bucket/x"), ("a b", "x")]
+    listed = [("listed", elsewhere.as_uri()), ("twice", str(elsewhere)), ("remote", "ftp://host/x"), ("a b", "x")]
     preload = [AdapterSource(name=name, uri=uri) for name, uri in listed]
 
     found = library(preload=preload).scan({})
@@ -104,6 +108,46 @@ def test_scan_without_adapters_and_without_its_folder(library: MakeLibrary) -> N
         library(folder="/nowhere").scan({})
 
 
+def test_scan_reads_while_the_engine_starts_and_compares_once_it_has(
+    write_adapter: WriteAdapter, library: MakeLibrary, tiny_table: ModuleTable, tmp_path: Path
+) -> None:
+    write_adapter(tmp_path / "folder" / "a")
+    engine: Future[ModuleTable] = Future()
+    shelf = library(engine)
+    with ThreadPoolExecutor(1) as thread:
+        scan = thread.submit(shelf.scan, {})
+        deadline_s = time.monotonic() + 30
+        while not any(path.name.isalnum() for path in (tmp_path / "store").iterdir()):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+        assert not scan.done(), "in the store, but not compared with a model"
+        engine.set_result(tiny_table)
+        assert set(scan.result().records) == {"a"}
+
+    failed: Future[ModuleTable] = Future()
+    failed.set_exception(RuntimeError("no engine"))
+    with pytest.raises(RuntimeError, match="no engine"):
+        library(failed).scan({})
+
+
+def test_records_tell_of_what_is_odd(write_adapter: WriteAdapter, library: MakeLibrary, tmp_path: Path) -> None:
+    odd = {"fan_in_fan_out": True, "base_model_name_or_path": "someone/else"}
+    folder = write_adapter(tmp_path / "folder" / "a", config=odd)
+    of_files, of_base = library().inspect("a", str(folder)).warnings
+    assert "fan_in_fan_out" in of_files and "'someone/else', this is 'base'" in of_base
+    assert library().scan({}).records["a"].warnings == (of_files, of_base)
+
+
+def test_where_the_modules_are_not_known_nothing_is_loaded(
+    write_adapter: WriteAdapter, library: MakeLibrary, tmp_path: Path
+) -> None:
+    folder = write_adapter(tmp_path / "folder" / "a")
+    shelf = library(ModuleTable(problem="odd layers"))
+    assert isinstance(shelf.scan({}).errors["a"], AdapterModulesUnknownError)
+    with pytest.raises(AdapterModulesUnknownError, match="odd layers"):
+        shelf.inspect("a", str(folder))
+
+
 def test_scan_reads_only_what_changed(write_adapter: WriteAdapter, library: MakeLibrary, tmp_path: Path) -> None:
     folders = [write_adapter(tmp_path / "folder" / name, seed=seed) for seed, name in enumerate(("a", "b"))]
     first = library().scan({}).records
@@ -127,7 +171,8 @@ def test_scan_trusts_no_record_made_under_other_rules(
     write_adapter(tmp_path / "folder" / "a", rank=32)
     known = library().scan({}).records
     assert isinstance(library(max_rank=16).scan(known).errors["a"], AdapterTooLargeError)
-    other_base = BaseModelShapes({"model.layers.0.self_attn.q_proj": (8, 8)}, 1)
+    q_proj = "model.layers.0.self_attn.q_proj"
+    other_base = ModuleTable({q_proj: Module(q_proj, 8, 8)})
     assert isinstance(library(other_base).scan(known).errors["a"], AdapterInvalidError)
     with pytest.raises(AdapterInvalidError, match="another base model"):
         library(other_base).ensure(known["a"])  # though its files are in the store

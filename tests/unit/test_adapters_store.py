@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from chameleon_ray.adapters.base_model import BaseModelShapes
 from chameleon_ray.adapters.errors import (
     AdapterChangedError,
     AdapterError,
@@ -26,7 +25,7 @@ from chameleon_ray.adapters.errors import (
 )
 from chameleon_ray.adapters.sources import LocalSource
 from chameleon_ray.adapters.store import AdapterStore, StoredAdapter
-from chameleon_ray.adapters.validate import AdapterInfo, validate_adapter
+from chameleon_ray.adapters.validate import AdapterInfo, Rules, read_info
 
 WriteAdapter = Callable[..., Path]
 GIB = 1 << 30
@@ -34,7 +33,7 @@ SPAWN = multiprocessing.get_context("spawn")
 
 
 def _validate(folder: Path) -> AdapterInfo:
-    return validate_adapter(folder, BaseModelShapes(), max_rank=64, max_bytes=GIB, check_finite=True)
+    return read_info(folder, Rules(max_rank=64, max_bytes=GIB))
 
 
 def _add(store: AdapterStore, folder: Path) -> StoredAdapter:
@@ -46,7 +45,7 @@ def _ensure(store: AdapterStore, digest: str, folder: Path) -> Path:
 
 
 def _contents(store_dir: Path) -> list[str]:
-    return sorted(path.name for path in store_dir.iterdir() if path.name not in (".locks", ".room"))
+    return sorted(path.name for path in store_dir.iterdir() if path.name not in (".known", ".locks", ".room"))
 
 
 @pytest.fixture
@@ -197,9 +196,9 @@ class _CountingSource(LocalSource):
         super().__init__([root])
         self.fetches = 0
 
-    def fetch(self, uri: str, into: Path, *, max_bytes: int) -> None:
+    def fetch(self, uri: str, into: Path, *, max_bytes: int) -> str:
         self.fetches += 1
-        super().fetch(uri, into, max_bytes=max_bytes)
+        return super().fetch(uri, into, max_bytes=max_bytes)
 
 
 def test_concurrent_callers_fetch_once(adapters: list[Path], tmp_path: Path) -> None:
@@ -253,7 +252,7 @@ def test_processes_and_threads_share_a_store_without_room(
 
 def _crash_while_fetching(store_dir: Path, folder: Path) -> None:
     class Crash(LocalSource):
-        def fetch(self, uri: str, into: Path, *, max_bytes: int) -> None:
+        def fetch(self, uri: str, into: Path, *, max_bytes: int) -> str:
             (into / "adapter_model.safetensors").write_bytes(b"half")
             os._exit(1)
 
@@ -275,10 +274,11 @@ def test_leftovers_of_crashes_are_removed_at_start(adapters: list[Path], tmp_pat
     class Slow(LocalSource):
         """Its temporary folder looks as old, but its maker lives."""
 
-        def fetch(self, uri: str, into: Path, *, max_bytes: int) -> None:
-            super().fetch(uri, into, max_bytes=max_bytes)
+        def fetch(self, uri: str, into: Path, *, max_bytes: int) -> str:
+            mark = super().fetch(uri, into, max_bytes=max_bytes)
             os.utime(into, long_ago)
             AdapterStore(tmp_path / "store", GIB)
+            return mark
 
     stored = AdapterStore(tmp_path / "store", GIB).add(Slow([adapters[0]]), str(adapters[0]), _validate, max_bytes=GIB)
     assert _contents(tmp_path / "store") == [stored.digest]
@@ -290,7 +290,7 @@ def test_trouble_with_the_disk_is_an_adapter_error(adapters: list[Path], tmp_pat
         AdapterStore(tmp_path / "file", GIB)
 
     class Unreachable(LocalSource):
-        def fetch(self, uri: str, into: Path, *, max_bytes: int) -> None:
+        def fetch(self, uri: str, into: Path, *, max_bytes: int) -> str:
             raise AdapterSourceError("no route")
 
     store = AdapterStore(tmp_path / "store", GIB)

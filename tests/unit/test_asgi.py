@@ -168,3 +168,23 @@ def test_leaving_early_reaches_work_that_the_application_does_in_another_task() 
         await ended.wait()
 
     run(test)
+
+
+def test_silence_gives_empty_chunks_until_there_is_something() -> None:
+    go_on = asyncio.Event()
+
+    async def app(scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        await send(START)
+        await go_on.wait()
+        await send(body(b"a"))
+
+    async def test() -> None:
+        async with AsgiCall(app, "/", b"") as call:
+            chunks = []
+            async for chunk in call.chunks(lambda: 0.0, max_silence_s=0.01):
+                chunks.append(chunk)
+                if len(chunks) == 2:
+                    go_on.set()
+            assert chunks[:2] == [b"", b""] and b"".join(chunks) == b"a"
+
+    run(test)

@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import json
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from chameleon_ray.bench.load.lengths import Lengths, scaled, synthetic_lengths
 from chameleon_ray.bench.load.measure import Bench, Load, Progress
 from chameleon_ray.bench.load.prompts import PLAIN_WORDS, Prompts
 from chameleon_ray.bench.load.search import RateSearch, SearchOptions, Verdict, find_highest
-from chameleon_ray.bench.load.show import plot, table
+from chameleon_ray.bench.load.show import table
 from chameleon_ray.bench.load.targets import Target
 from chameleon_ray.bench.load.workload import Workload
 from chameleon_ray.bench.serve import add_arguments, run
@@ -291,23 +290,3 @@ def test_whatever_casts_doubt_on_a_measurement_is_in_the_table() -> None:
     text = table("x", figures, 0.05)
     for part in ("FAILED 3 x http_503: overloaded", "SHORT: 2", "12% off", "CLIENT LATE", "rank unknown"):
         assert part in text
-
-
-def test_a_plot_without_matplotlib_is_refused_before_measuring(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert command("--plot", "x.png", "--target", "http://127.0.0.1:9") == 1
-    assert "pip install 'chameleon-ray[bench]'" in capsys.readouterr().err
-
-
-def test_the_plot_is_an_image(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    by_class = {name: FIGURES for name in ("small", "medium", "large")}
-    loads = [
-        FIGURES | {"target": target, "rate_per_s": rate, "client_late": rate > 1, "by_class": by_class}
-        for target in ("x", "y")
-        for rate in (2.0, 1.0)
-    ]
-    plot(tmp_path / "p.png", loads, {"metric": "ttft", "limit_s": 1.0, "percent": 99.0})
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

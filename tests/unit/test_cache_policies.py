@@ -1,4 +1,4 @@
-"""Eviction policies with numbers worked out by hand, the use history, and the histogram of gaps."""
+"""Eviction policies with numbers worked out by hand, and the use history."""
 
 from random import Random
 
@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from cache_driver import Driver, victims
 
-from chameleon_ray.policy.cache import CacheConfig, EvictReason
+from chameleon_ray.policy.cache_types import CacheConfig, EvictReason
 from chameleon_ray.policy.eviction import POLICIES, UseHistory, Weights
-from chameleon_ray.policy.prefetch import ArrivalHistogram
 
 
 def loaded(policy: str, **config: object) -> Driver:
@@ -140,8 +139,6 @@ def test_unknown_policy_names_the_known_ones() -> None:
 def test_bad_configuration_names_the_key(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         CacheConfig(**{"max_blocks": 1, "host_bytes": 1, **bad})
-    with pytest.raises(ValueError, match="histogram_prefetch"):
-        CacheConfig(max_blocks=1, host_bytes=1, policy="discard", histogram_prefetch=True)
 
 
 def test_frequency_is_that_of_the_timestamps_within_the_window() -> None:
@@ -171,35 +168,3 @@ def test_rows_are_reused_without_their_past() -> None:
     assert again == row
     assert history.frequency(np.array([again]), 1.0).tolist() == [0.0]
     assert history.last_used_s[again] == 0.0
-
-
-def test_histogram_expects_a_regular_adapter_around_its_period() -> None:
-    arrivals = ArrivalHistogram()
-    for now_s in range(0, 240, 20):
-        arrivals.arrived(7, float(now_s))
-    last_s = 220.0
-    assert arrivals.due(last_s + 5.0) == []
-    (expected_s, row), *others = arrivals.due(last_s + 17.0)
-    assert (row, others) == (7, [])
-    assert last_s + 20.0 <= expected_s <= last_s + 20.0 * 1.35
-    assert arrivals.due(last_s + 20.0 * 1.35 * 1.1 + 1.0) == []
-    arrivals.remove(7)
-    assert arrivals.due(last_s + 17.0) == []
-
-
-def test_histogram_predicts_nothing_from_few_or_evenly_spread_gaps() -> None:
-    few, spread, long = ArrivalHistogram(), ArrivalHistogram(), ArrivalHistogram()
-    for now_s in range(0, 200, 20):  # nine gaps
-        few.arrived(0, float(now_s))
-    now_s = 0.0
-    for n in range(80):  # log-uniform from 0.05 s over an hour: every bin alike
-        spread.arrived(0, now_s)
-        now_s += 0.05 * 1.35 ** (n % 40)
-    for n in range(30):
-        long.arrived(0, n * 20_000.0)
-    assert not any(few.due(180.0 + e) or long.due(580_000.0 + e) for e in range(0, 10_000, 5))
-    mostly_long = ArrivalHistogram()
-    for now_s in [n * 20.0 for n in range(12)] + [20_000.0 * n for n in range(1, 14)]:
-        mostly_long.arrived(0, now_s)
-    assert not any(mostly_long.due(260_000.0 + e) for e in range(100))
-    assert not any(spread.due(now_s + e) for e in range(0, 10_000, 5))

@@ -10,7 +10,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from chameleon_ray.policy.cache import AdapterCache, EvictReason, IllegalChange, Plan, StalePlan, State, UnknownRequest
+from chameleon_ray.policy.cache import AdapterCache
+from chameleon_ray.policy.cache_types import EvictReason, IllegalChange, Plan, StalePlan, UnknownRequest
+from chameleon_ray.policy.residency import State
 
 WINDOW_S = 30.0
 POOL_BLOCKS = 20
@@ -77,8 +79,8 @@ class CacheMachine(RuleBasedStateMachine):
         self.num_requests = 0
         self.log: list[tuple[str, tuple[Any, ...], Any]] = []
 
-    @initialize(policy=st.sampled_from(["chameleon", "fairshare", "lru", "gdsf", "discard"]), histogram=st.booleans())
-    def start(self, policy: str, histogram: bool) -> None:
+    @initialize(policy=st.sampled_from(["chameleon", "fairshare", "lru", "gdsf", "discard"]))
+    def start(self, policy: str) -> None:
         self.config = {
             "max_blocks": MAX_BLOCKS,
             "host_bytes": HOST_BYTES,
@@ -87,7 +89,6 @@ class CacheMachine(RuleBasedStateMachine):
             "retry_after_s": 2.0,
             "max_fetches": 2,
             "prefetch_loads": 3,
-            "histogram_prefetch": histogram and policy != "discard",
         }
         self.policy = policy
         self.driver = Driver(POOL_BLOCKS, **self.config)
@@ -333,7 +334,7 @@ TestCacheMachine = CacheMachine.TestCase
 
 
 def test_questions_about_the_whole_cache_change_nothing() -> None:
-    driver = Driver(8, histogram_prefetch=True)
+    driver = Driver(8)
     driver.add(a=2, b=4, c=4)
     driver.host_copies("c", 0.0)
     driver.make_resident("a b", 0.0)

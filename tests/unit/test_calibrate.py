@@ -7,9 +7,9 @@ from random import Random
 import numpy as np
 import pytest
 
-from chameleon_ray.bench.calibrate import run as calibrate
-from chameleon_ray.bench.calibrate.measured import CalibrationError, Measured, Served
-from chameleon_ray.bench.calibrate.report import cost_model, simulate_again, summary_lines
+from chameleon_ray.calibrate import run as calibrate
+from chameleon_ray.calibrate.measured import CalibrationError, Measured, Served
+from chameleon_ray.calibrate.report import cost_model, simulate_again, summary_lines
 from chameleon_ray.cli import main
 from chameleon_ray.sim.costs import CostModel, StepCosts, load_cost_model
 from chameleon_ray.sim.fit import FitFailed, StepPoint, fit_step, fit_transfer, nnls, step_seconds
@@ -200,7 +200,7 @@ def test_bare_kernels_need_a_cuda_device(monkeypatch, capsys):
 def test_the_kernels_of_a_small_model_make_steps_of_every_term(demo):
     import torch
 
-    from chameleon_ray.bench.calibrate.kernels import RANKS, Step, measure_kernels, read_shape
+    from chameleon_ray.calibrate.kernels import RANKS, Step, measure_kernels, read_shape
 
     shape = read_shape(str(demo.model))
     assert shape.adapter_bytes(8, 4) == 8 * 65536  # the engine's own count for the demo's adapters
@@ -221,7 +221,7 @@ def test_the_kernels_of_a_small_model_make_steps_of_every_term(demo):
 
 
 def test_a_config_that_is_no_llamas_is_an_error(tmp_path):
-    from chameleon_ray.bench.calibrate.kernels import read_shape
+    from chameleon_ray.calibrate.kernels import read_shape
 
     with pytest.raises(CalibrationError, match=r"config\.json"):
         read_shape(str(tmp_path))

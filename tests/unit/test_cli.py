@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,8 @@ COMMANDS = (
     ["calibrate"],
     ["plan"],
     ["train-predictor"],
-    *(["bench", what] for what in ("local", "policy", "serve", "schedulers", "capacity", "engine", "burst")),
-    *(["sim", what] for what in ("run", "paper", "cluster")),
+    *(["bench", what] for what in ("local", "policy", "serve", "engine")),
+    *(["sim", what] for what in ("run", "schedulers", "cluster")),
 )
 LOADED_BY_HELP = """
 import contextlib, io, json, sys
@@ -68,6 +69,22 @@ def test_commands_named_in_code_and_docs_exist() -> None:
     }
     assert len(named) > 10
     assert not {command: where for command, where in named.items() if command not in known | {"bench", "sim"}}
+
+
+def test_what_docs_run_from_a_checkout_exists_outside_the_package() -> None:
+    files = [path for top in ("chameleon_ray", "benchmarks", "experiments", "docs") for path in _texts(ROOT / top)]
+    named = {
+        found
+        for path in files
+        for found in re.findall(r"python -m ((?:benchmarks|experiments)[.\w]*)", path.read_text())
+    }
+    assert len(named) >= 6
+    for name in named:
+        path = ROOT / name.replace(".", "/")
+        path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+        assert "__main__" in path.read_text(), name
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert not any(pattern.startswith(("bench", "exp")) for pattern in packages)
 
 
 def _texts(folder: Path) -> list[Path]:

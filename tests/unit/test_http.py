@@ -1,7 +1,9 @@
 """What the ingress does around a request: who may call what, errors in OpenAI's shape, bodies."""
 
 import asyncio
+import base64
 import json
+import re
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -14,12 +16,16 @@ from chameleon_ray.config import ApiConfig, AppConfig, ConfigError
 from chameleon_ray.openai_errors import ApiError
 from chameleon_ray.placement import PlacementUnavailableError
 from deployments.http import Guard, answered, json_object, read_body
+from deployments.live_page import LivePage
 from deployments.relay import check_adapter_fields
 
 LOCAL = "127.0.0.1:8000"
+LOAD = "/v1/load_lora_adapter"
 
 
-def request(body: bytes = b"", *, client: str | None = "127.0.0.1", parts: int = 1, **headers: str) -> Request:
+def request(
+    body: bytes = b"", *, client: str | None = "127.0.0.1", parts: int = 1, path: str = LOAD, **headers: str
+) -> Request:
     """A request as the HTTP server hands it over; ``content_type`` becomes Content-Type and so on."""
     size = max(1, -(-len(body) // parts))
     pending = [body[start : start + size] for start in range(0, len(body), size)] or [b""]
@@ -32,7 +38,7 @@ def request(body: bytes = b"", *, client: str | None = "127.0.0.1", parts: int =
     scope = {
         "type": "http",
         "method": "POST",
-        "path": "/v1/load_lora_adapter",
+        "path": path,
         "headers": [(name.replace("_", "-").encode(), value.encode()) for name, value in given.items()],
         "client": None if client is None else (client, 50000),
     }
@@ -87,6 +93,43 @@ def test_a_key_that_the_environment_lacks_is_an_error_not_an_open_door(
 
 def test_adapter_management_is_closed_by_default() -> None:
     assert refused(guard().check_admin, request()) == (403, "permission_error")
+
+
+def basic(password: str) -> str:
+    return f"Basic {base64.b64encode(f'any:{password}'.encode()).decode()}"
+
+
+def test_the_live_page_is_closed_like_adapter_loading() -> None:
+    assert refused(guard().check_page, request()) == (403, "permission_error")
+    checked = guard(admin_open_on_loopback=True)
+    checked.check_page(request(content_type="text/html"))
+    assert refused(checked.check_page, request(client="10.1.2.3")) == (403, "permission_error")
+    assert refused(checked.check_page, request(host="attacker.example")) == (403, "permission_error")
+
+
+@pytest.mark.parametrize("header", ["Bearer secret", basic("secret")])
+def test_the_admin_key_opens_the_live_page_also_as_a_browser_sends_it(header: str) -> None:
+    checked = guard("0.0.0.0", admin_key="secret")
+    checked.check_page(request(client="10.1.2.3", host="example.org", authorization=header))
+
+
+@pytest.mark.parametrize("header", ["", "Basic", "Basic secret", "Basic ====", basic(""), basic("other"), "Bearer x"])
+def test_no_other_key_opens_the_live_page(header: str) -> None:
+    checked = guard(admin_key="secret", admin_open_on_loopback=True)
+    assert refused(checked.check_page, request(authorization=header)) == (401, "authentication_error")
+
+
+def test_the_live_page_runs_its_own_script_only_and_reaches_its_own_server_only() -> None:
+    page = LivePage()
+    answer = page.response()
+    policy = dict(one.split(" ", 1) for one in answer.headers["content-security-policy"].split("; "))
+    assert policy["default-src"] == "'none'" and policy["connect-src"] == "'self'"
+    assert policy["script-src"].startswith("'sha256-") and policy["style-src"].startswith("'sha256-")
+    urls = re.findall(rb"(?:https?:)?//[\w.]+", bytes(answer.body))
+    assert set(urls) == {b"http://www.w3.org"}, "the name of SVG's namespace, which nobody fetches"
+    assert "www-authenticate" not in page.asking_for_key(answer).headers
+    asking = page.asking_for_key(Response(status_code=401))
+    assert asking.headers["www-authenticate"].startswith("Basic realm=")
 
 
 def test_the_admin_key_opens_from_anywhere_and_nothing_else_does() -> None:
@@ -177,6 +220,9 @@ def test_requests_are_counted_by_outcome(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(asyncio.CancelledError):
         answer_to(lambda _: fails(asyncio.CancelledError()))
     assert counted == ["ok", "client_error", "overloaded", "server_error", "cancelled"]
+    for path in ("/chameleon/", "/v1/chameleon/queues"):
+        asyncio.run(answered(request(path=path), 5.0, succeeds))
+    assert len(counted) == 5, "who watches the application is not its load"
 
 
 def test_body_limit() -> None:

@@ -28,7 +28,12 @@ class Rule:
 RULES = (
     Rule("chameleon_ray.policy", may_use=(), only_external=("numpy",)),
     Rule("chameleon_ray.config", may_use=(), not_external=HEAVY),
-    Rule("chameleon_ray.metrics", may_use=(), not_external=("vllm", "torch", "redis")),
+    Rule("chameleon_ray.progress", may_use=(), not_external=HEAVY),
+    Rule(
+        "chameleon_ray.metrics",
+        may_use=("chameleon_ray.policy", "chameleon_ray.engine.report"),
+        not_external=("vllm", "torch", "redis"),
+    ),
     Rule(
         "chameleon_ray.adapters",
         may_use=("chameleon_ray.policy", "chameleon_ray.config"),
@@ -51,6 +56,7 @@ RULES = (
             "chameleon_ray.adapters",
             "chameleon_ray.config",
             "chameleon_ray.predictor",
+            "chameleon_ray.progress",
             "chameleon_kernels",
         ),
         not_external=("ray", "redis"),

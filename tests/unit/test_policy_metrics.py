@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -10,11 +10,12 @@ from queue_room import queues, request, step
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 from chameleon_ray import metrics
-from chameleon_ray.engine.report import STAGES, WAITING_FOR, MemoryLimits, PolicyEvents, PolicyReport
+from chameleon_ray.engine.report import WAITING_FOR, MemoryLimits, PolicyEvents, PolicyReport
 from chameleon_ray.metrics import Metric
 from chameleon_ray.policy.adapter import Adapter, Tier
 from chameleon_ray.policy.admission import QueuesState, QueueState
-from chameleon_ray.policy.cache import AdapterCache, CacheConfig, EvictReason
+from chameleon_ray.policy.cache import AdapterCache
+from chameleon_ray.policy.cache_types import CacheConfig, EvictReason
 from chameleon_ray.policy.disciplines import UNLIMITED
 from chameleon_ray.policy.lengths import PredictionAccuracy
 from deployments.policy_metrics import PolicyMetrics
@@ -40,6 +41,7 @@ class Series:
         return {name for name, _ in self.values}
 
     def make(self, kind: type, metric: Metric) -> Any:
+        assert metric.kind == kind.__name__.lower(), metric
         return {Counter: _Counter, Gauge: _Gauge, Histogram: _Histogram}[kind](self, metric)
 
     def key(self, metric: Metric, tags: Mapping[str, str]) -> tuple[str, str]:
@@ -188,7 +190,8 @@ def test_loads_under_way_and_failures_by_stage(series: Series) -> None:
     assert series("chameleon_adapter_loads_in_flight", stage="load") == 1
     engine.cache.load_failed(first, "no", 0.0)
     published.publish(engine, engine.tiers)
-    assert [series("chameleon_adapter_load_failures", stage=stage) for stage in STAGES] == [2, 1, 1]
+    stages = ("inspection", "fetch", "load")
+    assert [series("chameleon_adapter_load_failures", stage=stage) for stage in stages] == [2, 1, 1]
 
 
 def test_queues_by_index_and_what_is_gone_is_zero(series: Series) -> None:
@@ -200,8 +203,8 @@ def test_queues_by_index_and_what_is_gone_is_zero(series: Series) -> None:
     published.publish(engine, engine.tiers)
     state = engine.queues.state()
     assert len(state.queues) == series("chameleon_queues") == 4
-    assert series.total(metrics.QUEUE_WAITING) == state.num_admissions + 1 == 3
-    assert series.total(metrics.QUEUE_RUNNING) == 2
+    assert series.total(metrics.REPORTED["chameleon_queue_waiting"]) == state.num_admissions + 1 == 3
+    assert series.total(metrics.REPORTED["chameleon_queue_running"]) == 2
     for index, queue in enumerate(state.queues):
         tag = str(index)
         assert series("chameleon_queue_waiting", queue=tag) == queue.num_waiting
@@ -233,8 +236,7 @@ def test_bypasses_squashes_holds_and_a_scale_below_one(series: Series) -> None:
     state = QueuesState(
         (queue,), 2, 0.25, num_admissions=9, num_bypasses=4, num_squashes=2, num_refreshes=3, num_holds=1
     )
-    fields = {name: getattr(report[0], name) for name in PolicyReport.__dataclass_fields__}
-    published.publish_report(PolicyReport(**fields | {"queues": state}))
+    published.publish_report(replace(report[0], queues=state))
     counts = ("admissions", "bypasses", "squashes", "queue_refreshes", "holds", "quota_minima_scale")
     assert [series(f"chameleon_{name}") for name in counts] == [9, 4, 2, 3, 1, 0.25]
 
@@ -290,8 +292,7 @@ def test_tags_take_few_values_and_rays_own_classes_take_what_is_published() -> N
     published.publish(engine, engine.tiers)
     allowed = {"queue", "reason", "stage", "tier", "source", "outcome"}
     named: defaultdict[str, int] = defaultdict(int)
-    for metric in vars(metrics).values():
-        if isinstance(metric, Metric):
-            named[metric.name] += 1
-            assert set(metric.tag_keys) <= allowed, metric
+    for metric in metrics.all_metrics():
+        named[metric.name] += 1
+        assert set(metric.tag_keys) <= allowed, metric
     assert max(named.values()) == 1

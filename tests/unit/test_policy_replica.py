@@ -6,27 +6,40 @@ import pytest
 
 from chameleon_ray.policy.adapter import Adapter, Tier
 from chameleon_ray.policy.admission import Obstacle
-from chameleon_ray.policy.cache import CacheConfig, State, UnknownAdapter
+from chameleon_ray.policy.cache_types import CacheConfig, UnknownAdapter
 from chameleon_ray.policy.disciplines import QueueOptions
 from chameleon_ray.policy.queues import QueueError
 from chameleon_ray.policy.replica import AdapterFailed, ReplicaConfig, ReplicaPolicy
+from chameleon_ray.policy.residency import State
 from chameleon_ray.policy.sizing import QueuedRequest, SizingOptions
 
 BLOCK_TOKENS = 10
 
 
 class Engine:
-    """A block pool, host memory and a batch; ``policy`` decides, every plan is carried out and checked."""
+    """A block pool, host memory and a batch; ``policy`` decides, every plan is carried out and checked.
+
+    slots: adapters have so many blocks of their own, and take none of the pool's.
+    """
 
     def __init__(
-        self, pool_blocks, discipline="chameleon", max_running=None, host_bytes=10**9, total_tokens=None, **cache
+        self,
+        pool_blocks,
+        discipline="chameleon",
+        max_running=None,
+        host_bytes=10**9,
+        total_tokens=None,
+        slots=None,
+        **cache,
     ):
         total_tokens = total_tokens or pool_blocks * BLOCK_TOKENS
+        self.slots = slots
         config = ReplicaConfig(
-            CacheConfig(max_blocks=cache.pop("max_blocks", pool_blocks), host_bytes=host_bytes, **cache),
-            QueueOptions(total_tokens, SizingOptions(kv_token_bytes=1), max_running=max_running),
+            CacheConfig(max_blocks=cache.pop("max_blocks", slots or pool_blocks), host_bytes=host_bytes, **cache),
+            QueueOptions(total_tokens, SizingOptions(kv_token_bytes=None if slots else 1), max_running=max_running),
             discipline,
             BLOCK_TOKENS,
+            shares_kv=slots is None,
         )
         self.pool_blocks = pool_blocks
         self.kv = {}
@@ -37,7 +50,7 @@ class Engine:
         self.policy = ReplicaPolicy(config, self)
 
     def free_blocks(self):
-        return self.pool_blocks - sum(self.kv.values()) - sum(self.held.values())
+        return self.pool_blocks - sum(self.kv.values()) - (0 if self.slots else sum(self.held.values()))
 
     def kv_blocks(self, request_id):
         return self.kv[request_id]
@@ -59,6 +72,7 @@ class Engine:
             self.held[digest] = self.adapters[digest][1]
         self.reading += [("load", digest) for digest in plan.load] + [("fetch", digest) for digest in plan.fetch]
         assert self.free_blocks() >= 0
+        assert self.slots is None or sum(self.held.values()) <= self.slots
         return plan
 
     def step(self, now_s=0.0):
@@ -155,6 +169,50 @@ def test_a_blocked_adapter_holds_up_its_queue_until_a_running_request_ends():
     engine.finish("r1", 2.0)
     assert engine.settle(2.0) == ["r3", "r2"], "while it loads, it stalls nobody"
     engine.policy.check()
+
+
+def test_adapters_in_slots_and_the_kv_cache_never_make_room_for_each_other():
+    engine = Engine(10, slots=2)
+    engine.add(a=1, b=1, c=1)
+    for name in ("a", "b"):
+        engine.arrive(name, name, prompt=20, output=10)
+    assert engine.settle() == ["a", "b"]
+    assert engine.free_blocks() == 4 and engine.policy.free_adapter_blocks() == 0
+    engine.arrive("c", "c")
+    assert engine.settle(1.0) == [], "free KV blocks are no slot"
+    engine.finish("a", 2.0)
+    assert not engine.policy.make_room(8, 2.0), "an idle slot is no KV block"
+    assert engine.settle(2.0) == ["c"]
+    assert set(engine.held) == {"b", "c"}
+    engine.arrive("large", "b", prompt=60, output=10, now_s=3.0)
+    assert engine.step(3.0) == [] and set(engine.held) == {"b", "c"}
+    for name in ("b", "c"):
+        engine.finish(name, 4.0)
+    assert engine.step(4.0) == ["large"]
+    engine.carry_out(engine.policy.evict_idle(5.0))
+    assert set(engine.held) == {"b"}, "the one in use stays"
+
+
+def test_requests_of_adapters_in_slots_borrow_no_quota_for_them():
+    tokens = {}
+    for slots in (None, 2):
+        engine = Engine(20, slots=slots)
+        engine.add(a=1)
+        engine.arrive("r1", "a", prompt=20, output=10)
+        assert engine.settle() == ["r1"]
+        tokens[slots] = sum(queue.used_tokens for queue in engine.policy.queues.state().queues)
+    assert tokens == {None: 40, 2: 30}
+
+
+def test_a_running_request_is_to_end_for_a_slot_only_where_no_other_is_free():
+    engine = Engine(10, slots=1)
+    engine.add(a=1, b=1)
+    engine.arrive("r1", "a", prompt=10, output=10)
+    engine.settle()
+    waiting = QueuedRequest("r2", 10, 10, engine.adapters["b"][0])
+    assert engine.policy.ends_needed(waiting, ["r1"]) == 1
+    assert engine.policy.ends_needed(QueuedRequest("r3", 80, 10, engine.adapters["a"][0]), ["r1"]) == 0
+    assert engine.policy.ends_needed(QueuedRequest("r3", 90, 10, engine.adapters["a"][0]), ["r1"]) == 1
 
 
 def test_steps_are_quiet_while_all_that_wait_were_offered_in_vain():
@@ -283,11 +341,11 @@ def test_a_retired_adapter_serves_its_requests_and_is_forgotten():
 
 
 @pytest.mark.parametrize("discipline", ["chameleon", "paper", "fifo", "sjf", "static"])
-@pytest.mark.parametrize("policy", ["chameleon", "discard"])
-def test_random_histories_keep_every_request_and_every_block(discipline, policy):
+@pytest.mark.parametrize(("policy", "slots"), [("chameleon", None), ("discard", None), ("chameleon", 3)])
+def test_random_histories_keep_every_request_and_every_block(discipline, policy, slots):
     rng = random.Random(f"{discipline}-{policy}")
-    engine = Engine(40, discipline, max_running=6, policy=policy, host_bytes=300, max_blocks=25)
-    engine.add(**{f"a{i}": 1 + i for i in range(10)})
+    engine = Engine(40, discipline, max_running=6, policy=policy, host_bytes=300, max_blocks=slots or 25, slots=slots)
+    engine.add(**{f"a{i}": 1 if slots else 1 + i for i in range(10)})
     live, ended, now_s = set(), 0, 0.0
     for number in range(700):
         now_s += rng.expovariate(20)

@@ -486,25 +486,46 @@ def test_static_has_four_equal_queues_for_ever():
 
 
 def busy_chameleon(**options):
-    """Queues by size (20 and 180 tokens, typical 60), in which requests have waited for 20 s on average."""
-    waiting = queues("chameleon", total_tokens=100, **options)
+    """Queues by thirds of size: 20, 60 and 180 tokens. A boost counts at most 1.2 s of age (an SLO of 24 s)."""
+    waiting = queues("chameleon", total_tokens=100, slo_s=24.0, **options)
     for number in range(200):
-        add(waiting, request(f"a{number}", 20), request(f"z{number}", 180), now_s=number)
+        add(waiting, request(f"a{number}", 20), request(f"m{number}", 60), request(f"z{number}", 180), now_s=number)
     while waiting.num_waiting:
         for admitted in step(waiting, 600.0, max_admitted=1):
             waiting.finish(admitted, 600.0, 10)
+    waiting.refresh(600.0)
     return waiting
+
+
+def test_chameleons_classes_are_thirds_of_recent_requests():
+    waiting = busy_chameleon()
+    add(waiting, request("large", 180), request("small", 20), request("medium", 60), now_s=1000.0)
+    assert [[one.request_id for one in waiting.waiting(queue)] for queue in range(3)] == [
+        ["small"],
+        ["medium"],
+        ["large"],
+    ]
+    equal = queues("chameleon")
+    add(equal, *many("a", 100, 40))
+    equal.refresh(0.0)
+    assert len(equal.waiting(0)) == 100
 
 
 def test_chameleon_takes_the_earliest_boosted_arrival_of_all_queues():
     waiting = busy_chameleon()
-    assert len(waiting.state().queues) == 2
     add(waiting, request("large", 180), now_s=1000.0)
-    add(waiting, request("old small", 20), now_s=1000.1)
-    add(waiting, request("second large", 180), now_s=1000.2)
-    add(waiting, request("small", 20), now_s=1001.0)
-    add(waiting, request("late small", 20), now_s=2000.0)
-    assert step(waiting, 2000.0) == ["old small", "small", "large", "second large", "late small"]
+    add(waiting, request("small", 20), now_s=1001.1)  # 1.2 s earlier, after 1.2 s
+    add(waiting, request("late medium", 60), now_s=1001.1)  # 0.6 s earlier
+    add(waiting, request("second large", 180), now_s=1001.2)
+    add(waiting, request("late small", 20), now_s=1002.6)
+    assert step(waiting, 2000.0) == ["small", "large", "late medium", "second large", "late small"]
+
+
+def test_chameleon_goes_by_arrival_while_requests_are_young():
+    waiting = busy_chameleon()
+    add(waiting, request("large", 180), now_s=1000.0)
+    add(waiting, request("small", 20), now_s=1000.5)
+    assert step(waiting, 1000.9, max_admitted=1) == ["large"]  # small counts as of 1000.1
 
 
 def test_chameleon_reserves_nothing_for_a_queue():

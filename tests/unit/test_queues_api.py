@@ -12,11 +12,12 @@ from ray.exceptions import ActorUnavailableError
 from ray.serve._private.replica_result import ReplicaResult
 from ray.serve.handle import DeploymentBroadcastResponse
 
-from chameleon_ray.engine.report import WAITING_FOR, MemoryLimits, PolicyReport
+from chameleon_ray.engine.report import WAITING_FOR, Activity, MemoryLimits, PolicyReport, RecentEviction
 from chameleon_ray.policy.adapter import Adapter
-from chameleon_ray.policy.cache import AdapterCache, CacheConfig
+from chameleon_ray.policy.cache import AdapterCache
+from chameleon_ray.policy.cache_types import CacheConfig
 from chameleon_ray.policy.lengths import PredictionAccuracy
-from chameleon_ray.policy.routing import ReplicaLoad
+from chameleon_ray.policy.replica_load import ReplicaLoad
 from deployments import queues_api
 from deployments.queues_api import all_queues, replica_queues
 
@@ -31,6 +32,9 @@ class Engine:
 
     def load(self) -> ReplicaLoad:
         return ReplicaLoad(num_running=3, num_waiting=2, max_running=8)
+
+    def activity(self) -> Activity:
+        return Activity(0.5, 0.125, 2.5, 0.1, 0.4, (RecentEviction("pirate", "load", 1.5),))
 
     def policy_report(self) -> tuple[PolicyReport, float] | None:
         return None if self._report is None else (self._report, 0.25)
@@ -70,10 +74,18 @@ def test_a_queue_without_quota_says_so() -> None:
     assert (queue["quota_tokens"], queue["max_size"]) == (None, None)
 
 
-def test_without_a_report_only_the_load_is_known() -> None:
+def test_without_a_report_what_the_policy_decides_is_left_out() -> None:
     engine = Engine(None)
-    engine.adapter_memory = "slots"
-    assert replica_queues("r", engine) == {"replica": "r", "adapter_memory": "slots", "running": 3, "waiting": 2}
+    engine.adapter_memory = "stock"
+    assert replica_queues("r", engine) == {
+        "replica": "r",
+        "adapter_memory": "stock",
+        "running": 3,
+        "waiting": 2,
+        "kv_shares": {"requests": 0.5, "adapters": 0.125, "free": 0.375},
+        "recent": {"window_s": 10.0, "requests_per_s": 2.5, "ttft_p50_s": 0.1, "ttft_p95_s": 0.4},
+        "latest_evictions": [{"adapter": "pirate", "reason": "load", "age_s": 1.5}],
+    }
 
 
 def test_what_is_used_of_ray_beyond_its_public_interface() -> None:

@@ -62,8 +62,8 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) 
 
 def test_tables_of_replicas(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     paged = replica_queues("r1", Engine(report("static")))
-    slots = replica_queues("r2", Engine(None)) | {"adapter_memory": "slots"}
-    server.body = {"replicas": [paged, slots, {"replica": "r3", "error": "no answer within 2 s"}]}
+    stock = replica_queues("r2", Engine(None)) | {"adapter_memory": "stock"}
+    server.body = {"replicas": [paged, stock, {"replica": "r3", "error": "no answer within 2 s"}]}
     first, second, third = shown(capsys, "--url", server.url).strip().split("\n\n")
     lines = first.splitlines()
     assert lines[0] == "replica r1: 3 running, 2 waiting (2 for their turn; the oldest for 1.5 s)"

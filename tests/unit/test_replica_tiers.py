@@ -2,7 +2,7 @@
 
 from chameleon_ray.adapters.record import AdapterRecord
 from chameleon_ray.policy.adapter import Tier
-from deployments.tiers import ReplicaTiers
+from deployments.tiers import CatalogDigests, merge_tiers
 
 
 def catalog(*digests: str) -> dict[str, AdapterRecord]:
@@ -10,20 +10,17 @@ def catalog(*digests: str) -> dict[str, AdapterRecord]:
 
 
 def test_the_store_says_disk_for_what_the_catalog_names() -> None:
-    assert ReplicaTiers().merge({}, frozenset({"a", "b", "other's"}), catalog("a", "b", "c")) == {
-        "a": Tier.DISK,
-        "b": Tier.DISK,
-    }
+    assert merge_tiers({}, frozenset({"a", "b", "other's"}), frozenset("abc")) == {"a": Tier.DISK, "b": Tier.DISK}
 
 
 def test_the_engine_says_gpu_and_host_and_nothing_else() -> None:
     engine = {"a": Tier.GPU, "b": Tier.HOST, "c": Tier.DISK, "d": Tier.ABSENT, "gone": Tier.GPU}
-    merged = ReplicaTiers().merge(engine, frozenset({"a", "d"}), catalog("a", "b", "c", "d"))
+    merged = merge_tiers(engine, frozenset({"a", "d"}), frozenset("abcd"))
     assert merged == {"a": Tier.GPU, "b": Tier.HOST, "d": Tier.DISK, "gone": Tier.GPU}
 
 
 def test_evicted_and_unloaded_adapters_leave() -> None:
-    tiers, names = ReplicaTiers(), catalog("a", "b")
-    assert tiers.merge({}, frozenset({"a", "b"}), names).keys() == {"a", "b"}
-    assert tiers.merge({}, frozenset({"b"}), names).keys() == {"b"}
-    assert tiers.merge({}, frozenset({"a", "b"}), catalog("a")).keys() == {"a"}, "a follower gives a new catalog"
+    digests, names = CatalogDigests(), catalog("a", "b")
+    assert merge_tiers({}, frozenset({"b"}), digests.of(names)).keys() == {"b"}
+    assert digests.of(names) is digests.of(names)
+    assert merge_tiers({}, frozenset({"a", "b"}), digests.of(catalog("a"))).keys() == {"a"}

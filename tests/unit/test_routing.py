@@ -4,24 +4,17 @@ import dataclasses
 import heapq
 import itertools
 import math
-import time
 from collections import Counter, OrderedDict, defaultdict
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chameleon_ray.policy.adapter import Adapter, Tier
-from chameleon_ray.policy.routing import (
-    NUM_RANKED,
-    Decision,
-    LoadCosts,
-    ReplicaLoad,
-    ReplicaView,
-    rank_replicas,
-    rendezvous_weight,
-)
+from chameleon_ray.policy.replica_load import ReplicaLoad
+from chameleon_ray.policy.replica_table import ReplicaTable, ReplicaView, rendezvous_weight
+from chameleon_ray.policy.routing import MIN_GAIN_S, NUM_RANKED, Decision, LoadCosts, rank_replicas
 
 GIB = 2**30
 COSTS = LoadCosts(
@@ -35,8 +28,16 @@ def view(replica_id: str, tier: Tier = Tier.ABSENT, *, sent: int = 0, **load: fl
     return ReplicaView(replica_id, tier, in_flight=sent, load=dataclasses.replace(IDLE, **load))
 
 
+def rank(adapter: Adapter | None, views: list[ReplicaView], request_key: str = "") -> Decision:
+    table = ReplicaTable()
+    for one in views:
+        table.put(one)
+    table.check()
+    return rank_replicas(adapter, table, {}, COSTS, request_key)
+
+
 def first(replicas: list[ReplicaView], adapter: Adapter | None = ADAPTER) -> str:
-    return rank_replicas(adapter, replicas, COSTS).replica_ids[0]
+    return rank(adapter, replicas).replica_ids[0]
 
 
 def in_rendezvous_order(digest: str, replica_ids: list[str]) -> list[str]:
@@ -56,32 +57,20 @@ def digest_of(number: int) -> str:
     ],
 )
 def test_idle_replicas_the_closest_tier_wins(tiers: tuple[Tier, ...], chosen: int, reason: str) -> None:
-    decision = rank_replicas(ADAPTER, [view(f"r{i}", tier) for i, tier in enumerate(tiers)], COSTS)
+    decision = rank(ADAPTER, [view(f"r{i}", tier) for i, tier in enumerate(tiers)])
     assert (decision.replica_ids[0], decision.reason, decision.tier) == (f"r{chosen}", reason, tiers[chosen])
 
 
 def test_cold_adapter_goes_home_and_alternatives_follow_in_rendezvous_order() -> None:
     ids = [f"r{i}" for i in range(5)]
-    decision = rank_replicas(ADAPTER, [view(replica_id) for replica_id in ids], COSTS)
+    decision = rank(ADAPTER, [view(replica_id) for replica_id in ids])
     assert decision.reason == "cold"
     assert list(decision.replica_ids) == in_rendezvous_order(ADAPTER.digest, ids)
 
 
-@pytest.mark.parametrize("adapter", [ADAPTER, None])
-def test_a_shorter_ranking_is_the_beginning_of_the_whole_one(adapter: Adapter | None) -> None:
-    rng = Random(5)
-    for number in range(200):
-        views = [view(f"r{i}", rng.choice(list(Tier)), num_running=rng.randrange(20)) for i in range(12)]
-        whole = rank_replicas(adapter, views, COSTS, f"request {number}")
-        assert len(whole.replica_ids) == NUM_RANKED
-        for count in (1, 3):
-            short = rank_replicas(adapter, views, COSTS, f"request {number}", num_ranked=count)
-            assert short == dataclasses.replace(whole, replica_ids=whole.replica_ids[:count])
-
-
 def test_full_home_of_a_cold_adapter_is_left_as_overload() -> None:
     home, second, third = in_rendezvous_order(ADAPTER.digest, ["a", "b", "c"])
-    decision = rank_replicas(ADAPTER, [view(home, num_running=16), view(second), view(third)], COSTS)
+    decision = rank(ADAPTER, [view(home, num_running=16), view(second), view(third)])
     assert (decision.reason, decision.replica_ids) == ("overload", (second, third, home))
 
 
@@ -106,12 +95,12 @@ def test_hot_adapter_spreads_to_the_same_second_and_third_place_every_time() -> 
 
 def test_another_copy_in_gpu_memory_counts_as_resident_not_as_overload() -> None:
     preferred, other = in_rendezvous_order(ADAPTER.digest, ["a", "b"])
-    decision = rank_replicas(ADAPTER, [view(preferred, Tier.GPU, num_waiting=9), view(other, Tier.GPU)], COSTS)
+    decision = rank(ADAPTER, [view(preferred, Tier.GPU, num_waiting=9), view(other, Tier.GPU)])
     assert (decision.replica_ids[0], decision.reason) == (other, "resident")
 
 
 def test_holder_in_host_memory_takes_over_from_a_holder_in_gpu_memory_that_is_full() -> None:
-    decision = rank_replicas(ADAPTER, [view("a", Tier.GPU, num_waiting=9), view("b", Tier.HOST), view("c")], COSTS)
+    decision = rank(ADAPTER, [view("a", Tier.GPU, num_waiting=9), view("b", Tier.HOST), view("c")])
     assert (decision.replica_ids[0], decision.reason, decision.tier) == ("b", "overload", Tier.HOST)
 
 
@@ -129,14 +118,50 @@ def test_requests_waiting_count_as_excess_even_before_max_running_is_reached() -
     assert first([view(preferred, Tier.GPU, num_running=4, num_waiting=8), as_many]) == other
 
 
-def test_only_requests_sent_since_the_report_are_added_to_it() -> None:
+def test_a_report_is_corrected_by_the_requests_sent_and_ended_since() -> None:
     reported = dataclasses.replace(IDLE, num_running=10)
     known = ReplicaView("a", Tier.GPU, in_flight=10, report_in_flight=10, load=reported)
     ended = ReplicaView("a", Tier.GPU, in_flight=2, report_in_flight=10, load=reported)
+    gone = ReplicaView("a", Tier.GPU, in_flight=0, report_in_flight=30, load=reported)
     since = ReplicaView("a", Tier.GPU, in_flight=30, report_in_flight=10, load=reported)
-    expected = [rank_replicas(ADAPTER, [replica], COSTS).expected_ttft_s for replica in (known, ended, since)]
-    assert expected[0] == expected[1] == pytest.approx(0.05 + 0.05 * 10 / 16)
-    assert expected[2] == pytest.approx(0.05 + 0.05 + 2.0 * 15 / 16)
+    expected = [rank(ADAPTER, [replica]).expected_ttft_s for replica in (known, ended, gone, since)]
+    assert expected[:3] == pytest.approx([0.05 + 0.05 * 10 / 16, 0.05 + 0.05 * 2 / 16, 0.05])
+    assert expected[3] == pytest.approx(0.05 + 0.05 + 2.0 * 15 / 16)
+
+
+def test_full_kv_memory_delays_as_full_seats_do() -> None:
+    """Ten requests hold 80% of the KV memory, 8% each: three more lack 4%, and 80% or so is given back in 2 s."""
+    reported = dataclasses.replace(IDLE, num_running=10, max_running=256, kv_used_share=0.8)
+    for unseen, expected_s in ((0, 0.05 * 0.8), (2, 0.05 * 0.96 + 2.0 * 0.04), (3, 0.05 + 2.0 * 0.12)):
+        full = ReplicaView("a", Tier.GPU, in_flight=unseen, load=reported)
+        assert rank(ADAPTER, [full]).expected_ttft_s == pytest.approx(0.05 + expected_s)
+
+
+def test_requests_that_wait_for_kv_memory_count_with_what_they_will_hold() -> None:
+    holder, other = view("a", Tier.GPU, num_running=10, kv_used_share=0.9, max_running=256), view("b", Tier.DISK)
+    assert first([holder, other]) == "a"
+    waiting = dataclasses.replace(holder, load=dataclasses.replace(holder.load, num_waiting=1))
+    assert first([waiting, other]) == "b"
+    expected_s = rank(ADAPTER, [waiting]).expected_ttft_s
+    assert expected_s == pytest.approx(0.05 + 0.05 * 0.99 + 2.0 * 0.09)
+
+
+def test_a_replica_without_requests_takes_them_to_be_as_large_as_those_of_others() -> None:
+    busy = view("busy", Tier.GPU, num_running=10, kv_used_share=0.8, max_running=256)
+    idle = dataclasses.replace(IDLE, max_running=256)
+    for sent, chosen in ((14, "busy"), (2, "idle")):
+        assert first([busy, ReplicaView("idle", Tier.GPU, in_flight=sent, load=idle)], None) == chosen
+
+
+@pytest.mark.parametrize(("num_running", "stays"), [(24, True), (36, True), (56, False)])
+def test_a_gain_below_five_milliseconds_moves_no_adapter_however_large_its_share(num_running: int, stays: bool) -> None:
+    """The others add 2 ms * num_running / 16 and a bit at the home, and nothing elsewhere."""
+    assert MIN_GAIN_S == 0.005
+    home, other = in_rendezvous_order(ADAPTER.digest, ["a", "b"])
+    quick = dataclasses.replace(IDLE, ttft_s=0.002, service_s=0.002)
+    loads = {home: dataclasses.replace(quick, num_running=num_running), other: quick}
+    chosen = first([ReplicaView(name, Tier.GPU, 0, load) for name, load in loads.items()])
+    assert chosen == (home if stays else other)
 
 
 def test_expected_ttft_adds_prefill_and_every_hop_of_the_load() -> None:
@@ -149,7 +174,7 @@ def test_expected_ttft_adds_prefill_and_every_hop_of_the_load() -> None:
         Tier.ABSENT: host_s + size_bytes / GIB + size_bytes / (0.2 * GIB),
     }
     for tier, load_s in by_tier.items():
-        assert rank_replicas(ADAPTER, [view("a", tier)], COSTS).expected_ttft_s == pytest.approx(0.05 + load_s)
+        assert rank(ADAPTER, [view("a", tier)]).expected_ttft_s == pytest.approx(0.05 + load_s)
 
 
 def test_a_replica_that_has_not_reported_yet_is_judged_by_the_others_values() -> None:
@@ -163,7 +188,7 @@ def test_without_hints_an_adapter_stays_home_until_requests_in_flight_get_uneven
 
     def decide(home_in_flight: int) -> Decision:
         views = [ReplicaView(home, Tier.ABSENT, home_in_flight)]
-        return rank_replicas(ADAPTER, views + [ReplicaView(other, Tier.ABSENT, 0) for other in others], COSTS)
+        return rank(ADAPTER, views + [ReplicaView(other, Tier.ABSENT, 0) for other in others])
 
     assert [decide(count).replica_ids[0] for count in (0, 1, 3)] == [home] * 3
     assert [decide(count).replica_ids[0] for count in (8, 16, 100)] == [others[0]] * 3
@@ -178,7 +203,7 @@ def test_without_hints_a_big_adapter_does_not_blunt_the_balance() -> None:
 
 def test_base_requests_take_the_least_loaded_and_rotate_over_equals() -> None:
     busy, idle = view("busy", Tier.GPU, num_running=1), [view(f"idle{i}", Tier.GPU) for i in range(4)]
-    decisions = [rank_replicas(None, [busy, *idle], COSTS, request_key=str(key)) for key in range(400)]
+    decisions = [rank(None, [busy, *idle], request_key=str(key)) for key in range(400)]
     assert {decision.reason for decision in decisions} == {"base"}
     assert all(decision.replica_ids[-1] == "busy" for decision in decisions)
     counts = Counter(decision.replica_ids[0] for decision in decisions)
@@ -186,24 +211,54 @@ def test_base_requests_take_the_least_loaded_and_rotate_over_equals() -> None:
 
 
 def test_a_decision_names_at_most_eight_replicas_of_many() -> None:
-    decision = rank_replicas(ADAPTER, [view(f"r{i}") for i in range(100)], COSTS)
-    assert len(set(decision.replica_ids)) == 8
+    decision = rank(ADAPTER, [view(f"r{i}") for i in range(100)])
+    assert list(decision.replica_ids) == in_rendezvous_order(ADAPTER.digest, [f"r{i}" for i in range(100)])[:NUM_RANKED]
 
 
-def test_a_thousand_replicas_are_ranked_in_milliseconds() -> None:
-    views = [view(f"r{i}", num_running=i % 16) for i in range(1000)]
+def test_of_a_large_cluster_the_best_come_first_whatever_they_are_best_for() -> None:
+    views = [view(f"r{i}", num_running=16) for i in range(1000)]
+    views[700] = view("r700", Tier.HOST, num_running=15)
+    views[300] = view("r300", Tier.GPU, num_running=14)
+    decision = rank(ADAPTER, views)
+    assert (decision.replica_ids[:2], decision.reason) == (("r300", "r700"), "resident")
+    assert len(set(decision.replica_ids)) == NUM_RANKED
+    views[5] = view("r5")
+    assert rank(None, views).replica_ids[:3] == ("r5", "r300", "r700")
 
-    def seconds() -> float:
-        start = time.perf_counter()
-        rank_replicas(ADAPTER, views, COSTS)
-        return time.perf_counter() - start
 
-    assert min(seconds() for _ in range(20)) < 0.01
+def test_what_is_heard_of_replicas_that_are_gone_changes_nothing() -> None:
+    table = ReplicaTable()
+    for name in ("a", "b", "c"):
+        table.put(view(name))
+    holders = {"a": Tier.GPU, "b": Tier.HOST}
+    assert rank_replicas(ADAPTER, table, holders, COSTS).replica_ids[:2] == ("a", "b")
+    table.remove("a")
+    decision = rank_replicas(ADAPTER, table, holders, COSTS)
+    assert (decision.replica_ids, decision.reason) == (("b", "c"), "host")
+
+
+def test_joins_deaths_and_changes_leave_the_same_as_a_new_table() -> None:
+    rng = Random(4)
+    table, alive = ReplicaTable(), {}
+    for step in range(3000):
+        name = f"r{rng.randrange(60)}"
+        if rng.random() < 0.25:
+            alive.pop(name, None)
+            table.remove(name)
+        else:
+            alive[name] = view(name, rng.choice(list(Tier)), sent=rng.randrange(9), num_running=rng.randrange(20))
+            table.put(alive[name])
+        if step % 50 == 0 and alive:
+            table.check()
+            adapter = dataclasses.replace(ADAPTER, digest=digest_of(step))
+            decision = rank_replicas(adapter, table, {}, COSTS)
+            assert decision.replica_ids == rank(adapter, list(alive.values())).replica_ids
+            assert table.home(adapter.digest) == in_rendezvous_order(adapter.digest, list(alive))[0]
 
 
 def test_bad_input_is_refused_with_a_hint() -> None:
     with pytest.raises(ValueError, match="no replica to choose from"):
-        rank_replicas(ADAPTER, [], COSTS)
+        rank(ADAPTER, [])
     with pytest.raises(ValueError, match="disk_bytes_s is 0"):
         dataclasses.replace(COSTS, disk_bytes_s=0)
     with pytest.raises(ValueError, match="hysteresis is -1"):
@@ -243,27 +298,32 @@ adapters = st.none() | st.builds(
 )
 
 
+@settings(deadline=None)
 @given(adapters, clusters, st.randoms(use_true_random=False))
 def test_the_order_in_which_replicas_are_given_does_not_matter(
     adapter: Adapter | None, cluster: list[ReplicaView], random: Random
 ) -> None:
     shuffled = random.sample(cluster, len(cluster))
-    assert rank_replicas(adapter, shuffled, COSTS) == rank_replicas(adapter, cluster, COSTS)
+    one, other = rank(adapter, shuffled), rank(adapter, cluster)
+    assert (one.replica_ids, one.reason, one.tier) == (other.replica_ids, other.reason, other.tier)
+    assert one.expected_ttft_s == pytest.approx(other.expected_ttft_s)
 
 
+@settings(deadline=None)
 @given(adapters, clusters)
 def test_a_decision_names_the_best_replicas_once_each(adapter: Adapter | None, cluster: list[ReplicaView]) -> None:
-    decision = rank_replicas(adapter, cluster, COSTS)
+    decision = rank(adapter, cluster)
     assert len(set(decision.replica_ids)) == len(decision.replica_ids) == min(len(cluster), 8)
     assert set(decision.replica_ids) <= {one.replica_id for one in cluster}
     assert 0 < decision.expected_ttft_s < math.inf
 
 
+@settings(deadline=None)
 @given(adapters, clusters, st.data())
 def test_more_load_never_makes_a_replica_the_first_choice(
     adapter: Adapter | None, cluster: list[ReplicaView], data: st.DataObject
 ) -> None:
-    before = rank_replicas(adapter, cluster, COSTS).replica_ids[0]
+    before = rank(adapter, cluster).replica_ids[0]
     place = data.draw(st.integers(0, len(cluster) - 1))
     calm, more = cluster[place], data.draw(st.integers(1, 50))
     kinds = ["in_flight"] + (["num_running", "num_waiting", "eviction_cost_s"] if calm.load else [])
@@ -273,10 +333,11 @@ def test_more_load_never_makes_a_replica_the_first_choice(
     else:
         assert calm.load is not None
         busy = dataclasses.replace(calm, load=dataclasses.replace(calm.load, **{kind: getattr(calm.load, kind) + more}))
-    after = rank_replicas(adapter, [*cluster[:place], busy, *cluster[place + 1 :]], COSTS).replica_ids[0]
+    after = rank(adapter, [*cluster[:place], busy, *cluster[place + 1 :]]).replica_ids[0]
     assert after != calm.replica_id or before == calm.replica_id
 
 
+@settings(deadline=None)
 @given(st.sets(st.text("abcdef0123456789", min_size=8, max_size=8), min_size=2, max_size=12), st.data())
 def test_losing_another_replica_never_moves_a_cold_adapter(replica_ids: set[str], data: st.DataObject) -> None:
     digest = data.draw(st.text("abcdef0123456789", min_size=64, max_size=64))
@@ -370,7 +431,7 @@ class SimRouter:
         for name, (load, report_in_flight, held) in self.reports.items():
             tier = held.get(adapter.digest, Tier.ABSENT)
             seen.append(ReplicaView(name, tier, self.in_flight(name, now_s), load, report_in_flight))
-        return rank_replicas(adapter, seen, COSTS)
+        return rank(adapter, seen)
 
 
 def simulate(*, utilisation: float, num_requests: int = 6000) -> tuple[list[tuple[int, str, float]], list[Adapter]]:

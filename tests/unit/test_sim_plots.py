@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from chameleon_ray.sim import grid, paper, plots
+from chameleon_ray.sim import grid, plots
+from experiments.paper import plots as paper_plots
+from experiments.paper import reproduce as paper
+from experiments.paper.plots import plot_paper
 
 
 @pytest.fixture
 def paper_content():
-    """What ``sim paper`` writes, of made-up figures: latency grows with load, and with the place of a variant."""
+    """What it writes, of made-up figures: latency grows with load, and with the place of a variant."""
 
     def figures(experiment):
         p99_s = 0.5 + experiment.requests_per_s / 4 + len(experiment.variant) + experiment.num_adapters / 100
@@ -29,7 +32,7 @@ def is_png(path):
 
 def test_the_papers_figures_are_drawn_one_file_each(paper_content, tmp_path):
     folder = plots.check_folder(tmp_path / "deep" / "folder")
-    written = plots.plot_paper(paper_content, folder)
+    written = plot_paper(paper_content, folder)
     names = "ttft_by_load throughput eviction_by_rank number_of_adapters predictor_accuracy queues popularity"
     assert [path.stem for path in written] == names.split()
     assert all(is_png(path) for path in written)
@@ -37,8 +40,8 @@ def test_the_papers_figures_are_drawn_one_file_each(paper_content, tmp_path):
 
 def test_lines_are_where_the_tables_values_are(paper_content, monkeypatch, tmp_path):
     drawn = {}
-    monkeypatch.setattr(plots, "_save", lambda pyplot, figure, path: drawn.__setitem__(path.stem, figure))
-    plots.plot_paper(paper_content, tmp_path)
+    monkeypatch.setattr(paper_plots, "save", lambda pyplot, figure, path: drawn.__setitem__(path.stem, figure))
+    plot_paper(paper_content, tmp_path)
     curves = next(table for title, table in paper_content["tables"].items() if title.startswith("TTFT P50, P99"))
     p99 = {line.get_label(): list(line.get_ydata()) for line in drawn["ttft_by_load"].axes[1].lines}
     assert p99["Chameleon"] == [values[1] for values in curves["Chameleon"].values()]

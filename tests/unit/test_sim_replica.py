@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from chameleon_ray.policy.adapter import Adapter, Tier
-from chameleon_ray.policy.lengths import OraclePredictor
 from chameleon_ray.sim.costs import CostModel, load_cost_model
 from chameleon_ray.sim.link import Link
 from chameleon_ray.sim.loop import run
+from chameleon_ray.sim.oracle import OraclePredictor
 from chameleon_ray.sim.replica import EngineMode, SimReplica
 from chameleon_ray.sim.scenario import EngineSettings, PolicySettings, Scenario, replica_config, simulate
 from chameleon_ray.sim.workload import AdapterMix, SimRequest, WorkloadConfig
@@ -233,7 +233,6 @@ def test_everything_adds_up_after_every_step_when_memory_is_short(scheduling, re
         policy=PolicySettings(
             scheduling=scheduling,
             eviction="discard" if reserve else "chameleon",
-            histogram_prefetch=not reserve,
             predictor_accuracy=0.5,
             refresh_s=7.0,
         ),

@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from chameleon_ray.sim import grid, paper
+from chameleon_ray.sim import grid
 from chameleon_ray.sim.costs import load_cost_model
 from chameleon_ray.sim.plan import PlanError, plan
 from chameleon_ray.sim.scenario import Scenario, simulate
+from experiments.paper import reproduce as paper
 
 YAML = """
 workload: {requests_per_s: 6.0, duration_s: 20.0, warmup_s: 2.0, length_scale: 0.34}
@@ -113,3 +114,11 @@ def test_an_experiment_repeats_and_its_figures_make_sense():
     assert paper.measure(paper.Experiment("S-LoRA", 6.0), effort) == slora
     assert chameleon.hit_rate > slora.hit_rate + 0.2
     assert chameleon.ttft_p50_s < slora.ttft_p50_s
+
+
+def test_in_slora_s_own_setting_memory_binds_and_a_cache_outside_the_pool_pays():
+    effort = paper.Effort(duration_s=100.0, num_seeds=1, setting="slora-defaults")
+    slora, chameleon = (paper.measure(paper.Experiment(name, 8.0), effort) for name in ("S-LoRA", "Chameleon"))
+    assert chameleon.ttft_p99_s < 0.7 * slora.ttft_p99_s
+    with pytest.raises(ValueError, match="fitted, slora-defaults"):
+        paper.run(effort=paper.Effort(setting="vllm-defaults"))

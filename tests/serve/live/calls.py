@@ -46,10 +46,12 @@ class Stream:
     """What a client has of a streamed completion.
 
     ended: ``done`` after ``[DONE]``; ``error`` after an error event or an error response (then in ``error``); ``cut``
-    when the body just stopped.
+    when the body just stopped. reasons: each ``finish_reason``. usage: of the last event, where it was asked for.
     """
 
     texts: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    usage: dict[str, Any] = field(default_factory=dict)
     status: int = 0
     ended: str = "cut"
     error: dict[str, Any] = field(default_factory=dict)
@@ -74,6 +76,8 @@ class Stream:
             self.ended, self.error = "error", event["error"]
         else:
             self.texts.extend(choice["text"] for choice in event["choices"])
+            self.reasons.extend(choice["finish_reason"] for choice in event["choices"] if choice.get("finish_reason"))
+            self.usage = event.get("usage") or self.usage
 
 
 def stream(service: Service, body: Any, seen: Stream | None = None) -> Stream:

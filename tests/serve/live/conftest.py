@@ -1,9 +1,13 @@
 """One running application for all tests of this package, and the Redis server it uses."""
 
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
+from object_store import BUCKET, running_s3
 
 from chameleon_ray.demo import DemoPaths
 from chameleon_ray.redis_server import BundledRedis
@@ -13,13 +17,27 @@ from live.service import Service
 @pytest.fixture(scope="package")
 def shared_service(demo: DemoPaths, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("live")
-    with BundledRedis(directory=folder / "redis") as redis:
-        running = Service(demo, redis, folder)
+    (folder / "s3-secret").write_text("any: the server does not ask")
+    with BundledRedis(directory=folder / "redis") as redis, running_s3() as s3:
+        running = Service(demo, redis, folder, partial(_with_bucket, s3.url, folder / "s3-secret"))
+        running.s3 = s3
         try:
             running.start()
             yield running
         finally:
             running.stop()
+
+
+def _with_bucket(url: str, secret: Path, config: Any) -> None:
+    """Loads may name a bucket, and names that begin with tenant/ are looked for there."""
+    keys = {"type": "s3", "key_id": f"file:{secret}", "secret": f"file:{secret}", "region": "us-east-1"}
+    config["applications"][0]["args"]["adapters"] |= {
+        "credentials": {"tenant": keys | {"endpoint_url": url}},
+        "sources": [{"uri": f"s3://{BUCKET}/loads/", "credentials": "tenant"}],
+        "resolve": [{"pattern": "tenant/*", "uri": f"s3://{BUCKET}/tenant/{{name}}", "credentials": "tenant"}],
+        "absent_s": 0.5,
+        "refresh_s": 2.0,
+    }
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import httpx
 import psutil
 import yaml
+from object_store import S3
 from prometheus_client.parser import text_string_to_metric_families
 
 from chameleon_ray.demo import DemoPaths
@@ -41,16 +42,19 @@ def wait_for(probe: Callable[[], Value], what: str, limit_s: float = 30.0, pause
 
 
 def test_config(demo: DemoPaths, redis_url: str, folder: Path, port: int) -> dict[str, Any]:
-    """``cluster_configs/local.yaml`` on a port, a Redis server and folders of the test's own."""
+    """``cluster_configs/local.yaml`` with two replicas of the random model, and the test's own port, Redis, folders."""
     config: dict[str, Any] = yaml.safe_load((REPO / "cluster_configs/local.yaml").read_text())
     config["http_options"]["port"] = port
     arguments = config["applications"][0]["args"]
-    arguments["model"]["source"] = str(demo.model)
+    arguments["model"] = {"source": str(demo.model), "name": "chameleon-demo"}
+    arguments["engine"] |= {"kv_cache_gib": 0.25, "cpu_threads": 1}
+    arguments["replicas"]["num_replicas"] = 2
     arguments["adapters"] |= {
         "folder": str(demo.adapters),
         "allowed_roots": [str(demo.adapters), str(folder / "uploads")],
         "store_dir": str(folder / "store"),
     }
+    arguments["relay"] = {"max_silence_s": 8.0}
     arguments["redis"] = {"url": redis_url, "key_prefix": f"test-{os.getpid()}-{port}"}
     return config
 
@@ -70,6 +74,7 @@ class Service:
         self.uploads = folder / "uploads"
         self.store = folder / "store"
         self.uploads.mkdir(parents=True)
+        self.s3: S3 | None = None
         self._port = free_port()
         self._config_path = folder / "local.yaml"
         self._log_path = folder / "chameleon-serve.log"

@@ -5,7 +5,7 @@ from functools import partial
 import httpx
 import pytest
 
-from chameleon_ray.demo import RANKS
+from chameleon_ray.random_demo import RANKS
 from live.calls import complete, concurrently
 from live.reference import Answer, Reference
 from live.service import Service

@@ -4,14 +4,15 @@ import shutil
 import threading
 from collections.abc import Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+from adapter_files import scaled_adapter
 
-from chameleon_ray.adapters.sources import LocalSource
+from chameleon_ray.adapters.sources import CONFIG_FILE, WEIGHTS_FILE, LocalSource
 from chameleon_ray.adapters.store import AdapterStore, content_digest
-from live.adapters import scaled_adapter
 from live.calls import Stream, complete, completion, concurrently, error_of, stream, text_of
 from live.reference import Reference
 from live.service import Service, wait_for
@@ -63,25 +64,57 @@ def test_a_loaded_adapter_is_served_by_every_replica_at_once(
     assert (card["parent"], card["root"]) == (service.base, str(upload))
 
 
-def test_placement_withdraws_from_disk_what_another_process_of_the_node_evicts(service: Service) -> None:
-    newcomer = scaled_adapter(service.demo.adapters / "demo-r32-02", service.uploads / "newcomer", 0.7)
-    digests = {path.name for path in service.store.iterdir() if not path.name.startswith(".")}
-    size_bytes = AdapterStore(service.store, 1 << 40).size_bytes()
-    other = AdapterStore(service.store, size_bytes)  # as another application's: it has no room for one more
-    added = other.add(LocalSource([newcomer]), str(newcomer), lambda _: None, max_bytes=1 << 30)
-    evicted = digests - {path.name for path in service.store.iterdir()}
-    assert evicted and added.digest not in evicted
-    names = {name for name in service.demo.adapter_names() if content_digest(service.demo.adapters / name) in evicted}
-    assert names, "adapters of the catalog were evicted"
+def test_disk_is_what_the_nodes_store_holds_and_memory_keeps_its_files(service: Service, upload: Path) -> None:
+    """Another application on the node, whose store has room for a single adapter, evicts what it may."""
+    scaled_adapter(service.demo.adapters / "demo-r32-02", upload, 0.77)  # Content that no engine has in memory.
+    assert service.load(NAME, upload).status_code == 200
+    digest, scales = content_digest(upload), count(0.5, 0.01)
+    wait_for(lambda: {replica["adapters"].get(NAME) for replica in service.placement()} == {"disk"}, "on disk")
 
-    def on_disk() -> set[str]:
-        return {name for replica in service.placement() for name, tier in replica["adapters"].items() if tier == "disk"}
+    def evicted() -> bool:
+        newcomer = scaled_adapter(service.demo.adapters / "demo-r32-02", service.uploads / "newcomer", next(scales))
+        size_bytes = sum((newcomer / file).stat().st_size for file in (CONFIG_FILE, WEIGHTS_FILE))
+        other = AdapterStore(service.store, size_bytes)
+        other.add(LocalSource([newcomer]), str(newcomer), lambda _: None, max_bytes=1 << 30)
+        return not (service.store / digest).exists()
 
-    wait_for(lambda: not names & on_disk(), "placement no longer shows on disk what the store has dropped", 5.0)
-    assert on_disk() <= set(service.demo.adapter_names()), "what the catalog does not name is nobody's"
-    for name in names:
-        text_of(complete(service, name))  # fetched from its source again
-    wait_for(lambda: names & on_disk(), "it is on disk again, where a replica has not loaded it", 5.0)
+    wait_for(evicted, "no replica holds the files of an adapter that was tried and not used", 30.0)
+
+    def shown() -> dict[str, set[str]]:
+        tiers: dict[str, set[str]] = {}
+        for replica in service.placement():
+            for name, tier in replica["adapters"].items():
+                tiers.setdefault(tier, set()).add(name)
+        return tiers
+
+    wait_for(lambda: NAME not in shown().get("disk", ()), "placement shows on disk nothing that is not there")
+    assert shown().get("disk", set()) <= set(service.demo.adapter_names()), "what the catalog does not name is nobody's"
+    for name in (shown().get("gpu", set()) | shown().get("host", set())) & set(service.demo.adapter_names()):
+        stored = service.store / content_digest(service.demo.adapters / name)
+        assert stored.exists(), f"{name} is in memory, and a request for it would have to fetch it"
+    text_of(complete(service, NAME))  # fetched from its source again
+    wait_for(lambda: all(NAME in replica["adapters"] for replica in service.placement()), "it is there again")
+
+
+def test_what_is_replaced_and_unloaded_is_forgotten_by_every_replica(service: Service, upload: Path) -> None:
+    for version in range(3):
+        scaled_adapter(service.demo.adapters / "demo-r32-02", upload, 0.5 + 0.1 * version)
+        assert service.load(NAME, upload, load_inplace=True).status_code == 200
+        for response in concurrently([partial(complete, service, NAME)] * 8, clients=8):
+            text_of(response)
+    assert service.unload(NAME).status_code == 200
+    names = set(service.adapter_names())
+
+    def placed() -> set[str]:
+        return {name for replica in service.placement() for name in replica["adapters"]}
+
+    wait_for(lambda: placed() <= names, "placement has forgotten what no name stands for")
+
+    def all_known() -> list[int]:
+        replicas = service.http.get("/v1/chameleon/queues").json()["replicas"]
+        return [replica["cache"]["adapters_known"] for replica in replicas if "cache" in replica]
+
+    wait_for(lambda: max(all_known()) <= len(names), "the engines know no more adapters than the catalog names")
 
 
 def test_file_uri(service: Service, upload: Path) -> None:

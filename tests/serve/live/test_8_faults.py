@@ -6,17 +6,22 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 
 import psutil
 import pytest
 import redis
+from adapter_files import scaled_adapter
 
 from chameleon_ray.adapters.record import AdapterRecord
-from live.adapters import scaled_adapter
-from live.calls import Load, complete, completion, error_of, text_of
-from live.service import Service, assert_gone, wait_for
+from live.browser import Page, browser_page
+from live.calls import Load, Stream, complete, completion, concurrently, error_of, stream, text_of
+from live.service import WHOLE_LIMIT_S, Service, assert_gone, wait_for
 
 CLIENTS = 8
+NUM_LONG = 300
 RESYNC_LIMIT_S = 10.0
 UPLOADED, UNLOADED = "uploaded-before", "demo-r32-22"
 
@@ -28,6 +33,18 @@ def mixed(service: Service) -> list[dict[str, object]]:
     return [body | {"stream": streamed} for body in bodies for streamed in (True, False)]
 
 
+def long(service: Service) -> list[dict[str, object]]:
+    """Greedy requests that run for seconds, on both replicas, for the base and for adapters."""
+    models = [service.base, *service.demo.adapter_names()[:3]]
+    more = {"ignore_eos": True, "stream_options": {"include_usage": True}}
+    return [completion(model, prompt=f"{model}: The old captain", max_tokens=NUM_LONG) | more for model in models]
+
+
+def whole_of(body: dict[str, object]) -> dict[str, object]:
+    """The same request, not streamed."""
+    return {name: value for name, value in body.items() if name != "stream_options"}
+
+
 def actor(_: Service, replica: psutil.Process) -> psutil.Process:
     return replica
 
@@ -36,11 +53,36 @@ def engine_core(service: Service, replica: psutil.Process) -> psutil.Process:
     return service.engine_processes(replica)[0]
 
 
+@pytest.fixture
+def page() -> Iterator[Page]:
+    with browser_page() as page:
+        yield page
+
+
+def test_a_replica_that_stands_still_keeps_no_answer(service: Service) -> None:
+    undisturbed = concurrently([partial(stream, service, body) for body in long(service)], clients=CLIENTS)
+    replica = service.replica_processes()[0]
+    seen = [Stream() for _ in range(2 * len(undisturbed))]
+    with ThreadPoolExecutor(len(seen)) as pool:
+        streams = [pool.submit(stream, service, *one) for one in zip(2 * long(service), seen, strict=True)]
+        wait_for(lambda: all(len(one.texts) > 5 for one in seen), "all streams have begun", 60.0, 0.01)
+        replica.suspend()
+        try:
+            wait_for(lambda: all(one.done() for one in streams), "all answers", 60.0)
+        finally:
+            replica.resume()
+    for one, reference in zip(seen, 2 * undisturbed, strict=True):
+        assert (one.text, one.reasons, one.usage, one.ended) == (reference.text, ["length"], reference.usage, "done")
+
+
 @pytest.mark.parametrize("victim", [actor, engine_core])
-def test_a_replica_that_dies_costs_only_what_it_had_begun_and_comes_back(
-    service: Service, victim: Callable[[Service, psutil.Process], psutil.Process]
+def test_a_replica_that_dies_costs_no_answer_and_comes_back(
+    service: Service, page: Page, victim: Callable[[Service, psutil.Process], psutil.Process]
 ) -> None:
     before = {replica["replica"] for replica in service.placement()}
+    expected = {body["prompt"]: text_of(complete(service, **(body | {"stream": False}))) for body in mixed(service)}
+    undisturbed = concurrently([partial(stream, service, body) for body in long(service)], clients=CLIENTS)
+    resumed = service.metric("ray_chameleon_migrations_total", outcome="resumed")
 
     def families() -> list[list[psutil.Process]]:
         """Actor, engine core and worker of each replica; none unless all are there. Forks share an actor's name."""
@@ -48,24 +90,44 @@ def test_a_replica_that_dies_costs_only_what_it_had_begun_and_comes_back(
         whole = [family for family in found if len(family) >= 3]
         return whole if len(whole) == service.num_replicas else []
 
-    family = wait_for(families, "as many replicas with engines as there should be", 120.0, 1.0)[0]
+    page.open(f"{service.url}/chameleon/")
+    wait_for(lambda: page.text("#status").startswith("2 of 2 replicas answer"), "both replicas on the page")
+    family = wait_for(families, "as many replicas with engines as there should be", WHOLE_LIMIT_S, 1.0)[0]
     replica = family[0]
-    with Load(service, mixed(service), CLIENTS) as load:
+    seen = [Stream() for _ in undisturbed]
+    with ExitStack() as clients:
+        pool = clients.enter_context(ThreadPoolExecutor(2 * len(seen) + 1))
+        for body, one in zip(long(service), seen, strict=True):
+            pool.submit(stream, service, body, one)
+        wholes = [pool.submit(service.http.post, "/v1/completions", json=whole_of(body)) for body in long(service)]
+        body = completion(service.base, max_tokens=NUM_LONG, temperature=1.0, ignore_eos=True)
+        sampled = pool.submit(stream, service, body)
+        wait_for(lambda: all(one["load"]["num_running"] for one in service.placement()), "long ones on both replicas")
+        load = clients.enter_context(Load(service, mixed(service), CLIENTS))
         wait_for(load.more(CLIENTS), "answers under load", 60.0)
-        wait_for(lambda: all(one["load"]["num_running"] for one in service.placement()), "both replicas are busy")
+        wait_for(lambda: all(len(one.texts) > 5 for one in seen), "all streams have begun", 60.0, 0.01)
         victim(service, replica).send_signal(signal.SIGKILL)
         assert_gone(family)
+        wait_for(lambda: "left: it reports no more" in page.text("#log"), "the death on the page")
+        wait_for(lambda: len(page.table("#adapters")[0]) == 2, "one replica on the page")
         wait_for(load.more(4 * CLIENTS), "answers after the death", 120.0)
 
-    assert Counter(response.status_code for response in load.responses) == {200: len(load.responses)}, [
-        response.text for response in load.responses if response.status_code != 200
-    ]
-    assert not [one for one in load.streams if one.ended == "cut"], "a stream was truncated without a word"
-    failed = [one for one in load.streams if one.ended == "error"]
-    assert len(failed) <= CLIENTS
-    for one in failed:
-        assert one.status == 200 and one.texts, f"not begun, but not tried elsewhere: {one}"
-        assert (one.error["code"], one.error["type"]) == (502, "replica_died"), one.error
+    for one, reference in zip(seen, undisturbed, strict=True):
+        assert (one.text, one.reasons, one.usage, one.ended) == (reference.text, ["length"], reference.usage, "done")
+        assert one.usage["completion_tokens"] == NUM_LONG
+    for whole, reference in zip(wholes, undisturbed, strict=True):
+        assert text_of(whole.result()) == reference.text
+        answer = whole.result().json()
+        assert answer["usage"].items() >= reference.usage.items()
+        assert answer["choices"][0]["finish_reason"] == "length"
+    assert (sampled.result().ended, sampled.result().reasons) == ("done", ["length"])
+    assert {one.ended for one in load.streams} == {"done"}, [one for one in load.streams if one.ended != "done"]
+    for response in load.responses:
+        assert text_of(response) in expected.values()
+    assert {one.text for one in load.streams} <= set(expected.values())
+    wait_for(
+        lambda: service.metric("ray_chameleon_migrations_total", outcome="resumed") > resumed, "it is counted", 60.0
+    )
 
     def is_back() -> bool:
         text_of(complete(service, service.base))
@@ -73,6 +135,12 @@ def test_a_replica_that_dies_costs_only_what_it_had_begun_and_comes_back(
         return service.is_whole() and {one["replica"] for one in service.placement()} != before
 
     wait_for(is_back, "a new replica", 240.0, 1.0)
+    now = {one["replica"] for one in service.placement()}
+    wait_for(lambda: set(page.table("#adapters")[0][1:]) == now, "the new replica on the page")
+    [new] = now - before
+    assert f"replica {new} joined" in page.text("#log")
+    wait_for(lambda: page.text("#status").startswith("2 of 2 replicas answer"), "both replicas on the page")
+    assert not page.problems
     assert len({one["replica"] for one in service.placement()} & before) == service.num_replicas - 1
     with Load(service, mixed(service), CLIENTS) as load:
         wait_for(lambda: all(one["load"]["num_running"] for one in service.placement()), "the new one works", 60.0)

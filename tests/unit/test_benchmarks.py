@@ -15,18 +15,19 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from chameleon_ray.bench.compare import capacity, schedulers, servers
-from chameleon_ray.bench.compare.options import ENGINES, add_capacity, add_schedulers
-from chameleon_ray.bench.compare.servers import Engine, Machine, command, running
-from chameleon_ray.bench.compare.setting import MIB, linked_adapters, make_setting
-from chameleon_ray.bench.compare.state import PolicyState, parse_state
+from benchmarks import capacity, schedulers, servers
+from benchmarks.load_plot import plot
+from benchmarks.servers import Engine, Machine, command, running
+from benchmarks.setting import MIB, make_setting
+from benchmarks.state import PolicyState, parse_state
 from chameleon_ray.bench.load.errors import LoadError
-from chameleon_ray.demo import RANKS
 from chameleon_ray.engine.paged.options import PagedSettings
+from chameleon_ray.random_demo import RANKS, link_adapters
 
 if TYPE_CHECKING:
     from chameleon_ray.demo import DemoPaths
 
+ROOT = Path(__file__).parents[2]
 MACHINE = Machine(Path("m"), {"a-r8": Path("a"), "b-r16": Path("b")}, 64 * MIB, 16, 512, 128, 1)
 FAKE_SERVER = """
 import http.server, subprocess, sys
@@ -105,13 +106,13 @@ def gone_now(pids: list[int]) -> bool:
 def test_engines_end_when_the_command_is_killed(fake_servers: Path) -> None:
     """Also where this process has no time to end them."""
     program = (
-        "import sys, time; from pathlib import Path; from chameleon_ray.bench.compare import servers as s\n"
+        "import sys, time; from pathlib import Path; from benchmarks import servers as s\n"
         f"fake, file = {FAKE_SERVER!r}, {str(fake_servers / 'x')!r}\n"
         "s.command = lambda e, m, port: [sys.executable, '-c', fake, str(port), file]\n"
         "m = s.Machine(Path('m'), {}, 1, 1, 1, 1, 1)\n"
         "with s.running([s.Engine('x', None)], m, print):\n    print('up', flush=True); time.sleep(600)\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     assert any(line.strip() == "up" for line in parent.stdout)
     (server,) = psutil.Process(parent.pid).children()
@@ -132,7 +133,7 @@ def test_an_engine_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_adapters_are_many_of_equal_numbers_of_each_rank(demo: "DemoPaths", tmp_path: Path) -> None:
-    adapters = linked_adapters(demo, tmp_path, 100)
+    adapters = link_adapters(demo, tmp_path, 100)
     assert Counter(adapter.rank for adapter in adapters.values()) == dict.fromkeys(RANKS, 20)
     for name, adapter in adapters.items():
         assert f"-r{adapter.rank}-" in name
@@ -147,7 +148,7 @@ def parsed(add: Any, *words: str) -> argparse.Namespace:
 
 
 def test_the_setting_is_the_same_for_every_engine(demo: "DemoPaths") -> None:
-    arguments = parsed(add_schedulers, "--demo", str(demo.model.parent), "--adapters", "10", "--kv-mib", "32")
+    arguments = parsed(schedulers.add_arguments, "--demo", str(demo.model.parent), "--adapters", "10", "--kv-mib", "32")
     with ExitStack() as stack:
         setting = make_setting(arguments, stack)
         folders = [adapter.path for adapter in setting.adapters.values()]
@@ -157,7 +158,7 @@ def test_the_setting_is_the_same_for_every_engine(demo: "DemoPaths") -> None:
         made = schedulers.engines(setting, ("chameleon", "fifo"))
         assert [engine.settings.scheduler for engine in made] == ["chameleon", "fifo"]
         assert {engine.settings.policy for engine in made} == {"chameleon"}
-        stock, plain, ours = capacity.engines(setting, ENGINES)
+        stock, plain, ours = capacity.engines(setting, capacity.ENGINES)
         assert stock.settings is None
         assert (plain.settings.scheduler, plain.settings.policy) == ("fifo", "lru")
         assert (ours.settings.scheduler, ours.settings.policy) == ("chameleon", "chameleon")
@@ -166,10 +167,10 @@ def test_the_setting_is_the_same_for_every_engine(demo: "DemoPaths") -> None:
 
 def test_options_are_checked() -> None:
     with pytest.raises(SystemExit):
-        parsed(add_schedulers, "--schedulers", "fifo,lifo")
+        parsed(schedulers.add_arguments, "--schedulers", "fifo,lifo")
     with pytest.raises(SystemExit):
-        parsed(add_schedulers, "--loads", "0,1,2")
-    assert parsed(add_capacity, "--engines", "fifo+lru,chameleon").engines == ("fifo+lru", "chameleon")
+        parsed(schedulers.add_arguments, "--loads", "0,1,2")
+    assert parsed(capacity.add_arguments, "--engines", "fifo+lru,chameleon").engines == ("fifo+lru", "chameleon")
 
 
 EXPOSITION = """
@@ -223,6 +224,28 @@ def test_the_plot_of_schedulers_is_an_image(tmp_path: Path) -> None:
     ]
     schedulers.draw(tmp_path / "p.png", {"loads": loads})
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plot_of_loads_is_an_image(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    times = {"mean_ms": 5.0, "p50_ms": 4.0, "p99_ms": 9.0}
+    group = {metric: times for metric in ("ttft", "tbt", "e2e")}
+    by_class = {name: group for name in ("small", "medium", "large")}
+    loads = [
+        {**group, "target": target, "rate_per_s": rate, "client_late": rate > 1, "by_class": by_class}
+        for target in ("x", "y")
+        for rate in (2.0, 1.0)
+    ]
+    plot(tmp_path / "p.png", loads, {"metric": "ttft", "limit_s": 1.0, "percent": 99.0})
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_without_matplotlib_is_refused_before_measuring(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert schedulers.run(parsed(schedulers.add_arguments, "--plot", str(tmp_path / "x.png"))) == 1
+    assert "pip install 'chameleon-ray[bench]'" in capsys.readouterr().err
 
 
 def test_the_summary_tells_ratios() -> None:
