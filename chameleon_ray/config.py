@@ -371,7 +371,7 @@ class RedisConfig(_Section):
 
 
 class RouterConfig(_Section):
-    """Expected time to first token, per replica and adapter (`policy/routing.py`)."""
+    """Expected time to first token, per replica and adapter (`routing/ranking.py`)."""
 
     host_load_gib_s: PositiveFloat = Field(default=10.0, description="host to GPU bandwidth assumed for a load")
     disk_load_gib_s: PositiveFloat = Field(default=1.0, description="disk bandwidth assumed for a load")

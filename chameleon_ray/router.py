@@ -1,4 +1,4 @@
-"""The Serve request router of the replica deployment: translation between Ray Serve and ``policy.routing``, no policy.
+"""The Serve request router of the replica deployment: translation between Ray Serve and ``routing``, no policy.
 
 Runs in every process that holds a handle of the deployment (each ingress replica), on Serve's router event loop. Serve
 pickles this module by value: whatever the process shares (follower, metrics) lives in other modules.
@@ -27,8 +27,8 @@ from chameleon_ray import metrics
 from chameleon_ray.config import RedisConfig, RouterConfig
 from chameleon_ray.placement import ClusterView, ReplicaStatus, shared_follower
 from chameleon_ray.policy.adapter import Adapter, Tier
-from chameleon_ray.policy.replica_table import ReplicaTable, ReplicaView
-from chameleon_ray.policy.routing import Decision, LoadCosts, rank_replicas
+from chameleon_ray.routing.ranking import Decision, LoadCosts, rank_replicas
+from chameleon_ray.routing.replica_table import ReplicaTable, ReplicaView
 
 logger = logging.getLogger("ray.serve")
 
@@ -67,7 +67,7 @@ def load_costs(router: RouterConfig) -> LoadCosts:
 
 
 class AffinityRouter(RequestRouter):
-    """Sends each request to the replica with the least expected time to first token (``policy.routing``)."""
+    """Sends each request to the replica with the least expected time to first token (``routing``)."""
 
     def initialize_state(self, redis: dict[str, Any], router: dict[str, Any]) -> None:  # type: ignore[override]
         """redis, router: dumps of RedisConfig (with ``url``) and RouterConfig."""

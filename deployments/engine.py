@@ -9,8 +9,8 @@ from chameleon_ray.adapters.record import AdapterRecord
 from chameleon_ray.engine.asgi import AsgiCall
 from chameleon_ray.engine.report import Activity, PolicyEvents, PolicyReport
 from chameleon_ray.policy.adapter import Tier
-from chameleon_ray.policy.replica_load import ReplicaLoad
 from chameleon_ray.progress import Progress
+from chameleon_ray.routing.replica_load import ReplicaLoad
 
 
 class EngineReports(Protocol):

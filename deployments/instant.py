@@ -18,8 +18,8 @@ from chameleon_ray.engine.asgi import AsgiCall, Message, Receive, Send
 from chameleon_ray.engine.launch import local_model_folder
 from chameleon_ray.engine.report import Activity, PolicyEvents
 from chameleon_ray.policy.adapter import Tier
-from chameleon_ray.policy.replica_load import ReplicaLoad
 from chameleon_ray.progress import NO_PROGRESS, Progress
+from chameleon_ray.routing.replica_load import ReplicaLoad
 from deployments.app import application
 from deployments.replica import Replica
 

@@ -23,10 +23,10 @@ from chameleon_ray.policy.admission import Obstacle
 from chameleon_ray.policy.cache_types import CacheConfig, Plan
 from chameleon_ray.policy.disciplines import QueueOptions
 from chameleon_ray.policy.replica import ReplicaConfig, ReplicaPolicy
-from chameleon_ray.policy.replica_load import ReplicaLoad
-from chameleon_ray.policy.replica_table import ReplicaTable, ReplicaView
-from chameleon_ray.policy.routing import LoadCosts, rank_replicas
 from chameleon_ray.policy.sizing import QueuedRequest, SizingOptions
+from chameleon_ray.routing.ranking import LoadCosts, rank_replicas
+from chameleon_ray.routing.replica_load import ReplicaLoad
+from chameleon_ray.routing.replica_table import ReplicaTable, ReplicaView
 
 NUM_QUEUED = 1000
 NUM_ADAPTERS = 200

@@ -40,9 +40,9 @@ from chameleon_ray.engine.report import Activity, PolicyEvents, PolicyReport
 from chameleon_ray.engine.slots import scheduler as slots_scheduler
 from chameleon_ray.engine.stats import LoadStats, RequestRates
 from chameleon_ray.policy.adapter import Tier
-from chameleon_ray.policy.replica_load import ReplicaLoad
 from chameleon_ray.predictor.estimator import make_estimator
 from chameleon_ray.progress import NO_PROGRESS, Progress
+from chameleon_ray.routing.replica_load import ReplicaLoad
 
 logger = logging.getLogger("ray.serve")
 

@@ -20,7 +20,7 @@ from chameleon_ray.engine.report import (
     percentile,
 )
 from chameleon_ray.policy.adapter import Tier
-from chameleon_ray.policy.replica_load import RecentRequests, ReplicaLoad
+from chameleon_ray.routing.replica_load import RecentRequests, ReplicaLoad
 
 
 class LoadStats(StatLoggerBase):

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, Json, TypeAdapter, Validation
 from chameleon_ray.adapters.record import AdapterRecord
 from chameleon_ray.placement.view import ReplicaReport
 from chameleon_ray.policy.adapter import Tier
-from chameleon_ray.policy.replica_load import ReplicaLoad
+from chameleon_ray.routing.replica_load import ReplicaLoad
 
 _TIERS = {str(int(tier)): tier for tier in Tier}
 

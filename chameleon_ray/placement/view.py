@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from chameleon_ray.adapters.record import AdapterRecord
 from chameleon_ray.policy.adapter import Tier
-from chameleon_ray.policy.replica_load import ReplicaLoad
+from chameleon_ray.routing.replica_load import ReplicaLoad
 
 K = TypeVar("K")
 V = TypeVar("V")

@@ -1,9 +1,8 @@
 """Pure decisions: no clock, no randomness of its own, no I/O. Drivers pass time in and carry decisions out.
 
-``replica.ReplicaPolicy`` is what engine and simulator drive, ``routing.rank_replicas`` what the router asks. A
-request's life is ``arrive``, then in every step ``begin_step`` -> ``peek`` -> ``admit`` or ``pass_over`` ->
-``end_step``, then ``finish``. Queues own the one record of a request (``size_queue.Entry``), the cache that of an
-adapter on its replica (``residency.Entry``).
+``replica.ReplicaPolicy`` is what engine and simulator drive. A request's life is ``arrive``, then in every step
+``begin_step`` -> ``peek`` -> ``admit`` or ``pass_over`` -> ``end_step``, then ``finish``. Queues own the one record of
+a request (``size_queue.Entry``), the cache that of an adapter on its replica (``residency.Entry``).
 
 Adapters
     tier        where its weights lie: at their source, on disk, in host memory, in GPU memory

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from chameleon_ray.policy.adapter import Tier
-from chameleon_ray.policy.routing import LoadCosts
+from chameleon_ray.routing.ranking import LoadCosts
 from chameleon_ray.sim import plots
 from chameleon_ray.sim.costs import CostModel, Count, NotNegative, Positive, load_cost_model
 from chameleon_ray.sim.loop import Event

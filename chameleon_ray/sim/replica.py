@@ -21,8 +21,8 @@ from chameleon_ray.policy.admission import Obstacle
 from chameleon_ray.policy.cache_types import Plan
 from chameleon_ray.policy.lengths import LengthFeatures, LengthPredictor
 from chameleon_ray.policy.replica import ReplicaConfig, ReplicaPolicy
-from chameleon_ray.policy.replica_load import RecentRequests, ReplicaLoad
 from chameleon_ray.policy.sizing import QueuedRequest
+from chameleon_ray.routing.replica_load import RecentRequests, ReplicaLoad
 from chameleon_ray.sim.costs import CostModel
 from chameleon_ray.sim.link import Link
 from chameleon_ray.sim.loop import Event

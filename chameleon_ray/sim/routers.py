@@ -1,13 +1,13 @@
-"""Routing policies on stale hints: the product's (``policy.routing``), and those it is compared with."""
+"""Routing policies on stale hints: the product's (``routing``), and those it is compared with."""
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from random import Random
 
 from chameleon_ray.policy.adapter import Tier
-from chameleon_ray.policy.replica_load import ReplicaLoad
-from chameleon_ray.policy.replica_table import ReplicaTable, ReplicaView
-from chameleon_ray.policy.routing import LoadCosts, rank_replicas
+from chameleon_ray.routing.ranking import LoadCosts, rank_replicas
+from chameleon_ray.routing.replica_load import ReplicaLoad
+from chameleon_ray.routing.replica_table import ReplicaTable, ReplicaView
 from chameleon_ray.sim.workload import SimRequest
 
 

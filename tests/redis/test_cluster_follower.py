@@ -15,7 +15,7 @@ from chameleon_ray.config import RedisConfig
 from chameleon_ray.placement import ClusterFollower, ClusterView, Keys, ReplicaPublisher, ReplicaReport, shared_follower
 from chameleon_ray.placement.messages import Beat, ReplicaChange, Withdrawal
 from chameleon_ray.policy.adapter import Tier
-from chameleon_ray.policy.replica_load import ReplicaLoad
+from chameleon_ray.routing.replica_load import ReplicaLoad
 
 pytestmark = pytest.mark.asyncio
 

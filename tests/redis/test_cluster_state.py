@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from chameleon_ray.placement.messages import Beat
 from chameleon_ray.placement.state import ClusterState
 from chameleon_ray.policy.adapter import Tier
-from chameleon_ray.policy.replica_load import ReplicaLoad
+from chameleon_ray.routing.replica_load import ReplicaLoad
 
 tiers = st.dictionaries(st.sampled_from("abcdef"), st.sampled_from(Tier), max_size=6)
 steps = st.lists(

@@ -13,9 +13,9 @@ from fastapi.routing import APIRoute
 from chameleon_ray.adapters.record import AdapterRecord
 from chameleon_ray.config import AppConfig
 from chameleon_ray.placement import ClusterFollower, ReplicaPublisher, ReplicaReport, shared_follower
-from chameleon_ray.policy.replica_load import ReplicaLoad
 from chameleon_ray.progress import Progress
 from chameleon_ray.redis_server import BundledRedis
+from chameleon_ray.routing.replica_load import ReplicaLoad
 from deployments import ingress
 from deployments.parts import AnswerHead, Part, RelayedRequest
 

@@ -21,9 +21,9 @@ from ray.serve.request_router import PendingRequest
 from chameleon_ray.config import RedisConfig, RouterConfig
 from chameleon_ray.placement import ReplicaPublisher, ReplicaReport, shared_follower
 from chameleon_ray.policy.adapter import Tier
-from chameleon_ray.policy.replica_load import ReplicaLoad
 from chameleon_ray.redis_server import BundledRedis, free_port
 from chameleon_ray.router import AffinityRouter, request_router_config
+from chameleon_ray.routing.replica_load import ReplicaLoad
 
 HEARTBEAT_S = 0.1
 MAX_REPORT_AGE_S = 1.0

@@ -27,6 +27,7 @@ class Rule:
 
 RULES = (
     Rule("chameleon_ray.policy", may_use=(), only_external=("numpy",)),
+    Rule("chameleon_ray.routing", may_use=("chameleon_ray.policy",), only_external=("numpy",)),
     Rule("chameleon_ray.config", may_use=(), not_external=HEAVY),
     Rule("chameleon_ray.progress", may_use=(), not_external=HEAVY),
     Rule(
@@ -41,7 +42,12 @@ RULES = (
     ),
     Rule(
         "chameleon_ray.placement",
-        may_use=("chameleon_ray.policy", "chameleon_ray.config", "chameleon_ray.adapters.record"),
+        may_use=(
+            "chameleon_ray.policy",
+            "chameleon_ray.routing",
+            "chameleon_ray.config",
+            "chameleon_ray.adapters.record",
+        ),
         not_external=("vllm", "torch", "ray"),
     ),
     Rule(
@@ -53,6 +59,7 @@ RULES = (
         "chameleon_ray.engine",
         may_use=(
             "chameleon_ray.policy",
+            "chameleon_ray.routing",
             "chameleon_ray.adapters",
             "chameleon_ray.config",
             "chameleon_ray.predictor",
@@ -65,13 +72,14 @@ RULES = (
         "chameleon_ray.router",
         may_use=(
             "chameleon_ray.policy",
+            "chameleon_ray.routing",
             "chameleon_ray.placement",
             "chameleon_ray.config",
             "chameleon_ray.metrics",
         ),
         not_external=("vllm", "torch", "redis"),
     ),
-    Rule("chameleon_ray.sim", may_use=("chameleon_ray.policy",), not_external=HEAVY),
+    Rule("chameleon_ray.sim", may_use=("chameleon_ray.policy", "chameleon_ray.routing"), not_external=HEAVY),
     Rule("chameleon_kernels", may_use=(), not_external=("vllm", "ray", "redis")),
 )
 
@@ -147,8 +155,8 @@ def test_every_import_follows_the_map() -> None:
 
 def test_the_scan_sees_the_modules_that_the_rules_are_about() -> None:
     modules = find_modules(ROOT)
-    assert {"chameleon_ray.policy.routing", "chameleon_ray.router", *NEVER_LOADED} <= set(modules)
-    assert "chameleon_ray.policy.routing" in set(
+    assert {"chameleon_ray.routing.ranking", "chameleon_ray.router", *NEVER_LOADED} <= set(modules)
+    assert "chameleon_ray.routing.ranking" in set(
         imports_of("chameleon_ray.router", modules["chameleon_ray.router"], modules)
     )
 
@@ -224,12 +232,23 @@ def import_all(package: str, root: Path) -> "subprocess.CompletedProcess[str]":
     )
 
 
-def test_policy_imports_where_nothing_else_is_installed() -> None:
-    result = import_all("chameleon_ray.policy", ROOT)
+@pytest.mark.parametrize(
+    ("package", "module", "with_it"),
+    [
+        ("chameleon_ray.policy", "chameleon_ray.policy.adapter", set()),
+        (
+            "chameleon_ray.routing",
+            "chameleon_ray.routing.ranking",
+            {"chameleon_ray.policy", "chameleon_ray.policy.adapter"},
+        ),
+    ],
+)
+def test_decisions_import_where_nothing_else_is_installed(package: str, module: str, with_it: set[str]) -> None:
+    result = import_all(package, ROOT)
     assert result.returncode == 0, result.stderr
     loaded = set(result.stdout.split())
-    assert {"chameleon_ray.policy.routing", "chameleon_ray.policy.adapter"} <= loaded
-    assert {name for name in loaded if not name.startswith("chameleon_ray.policy")} == {"chameleon_ray"}
+    assert module in loaded
+    assert {name for name in loaded if not name.startswith(package)} == {"chameleon_ray", *with_it}
 
 
 def test_the_blocked_import_fails_for_a_package_that_needs_redis(tmp_path: Path) -> None:

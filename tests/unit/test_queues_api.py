@@ -17,7 +17,7 @@ from chameleon_ray.policy.adapter import Adapter
 from chameleon_ray.policy.cache import AdapterCache
 from chameleon_ray.policy.cache_types import CacheConfig
 from chameleon_ray.policy.lengths import PredictionAccuracy
-from chameleon_ray.policy.replica_load import ReplicaLoad
+from chameleon_ray.routing.replica_load import ReplicaLoad
 from deployments import queues_api
 from deployments.queues_api import all_queues, replica_queues
 

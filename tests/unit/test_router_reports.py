@@ -7,9 +7,9 @@ import pytest
 from chameleon_ray.adapters.record import AdapterRecord
 from chameleon_ray.placement import ClusterView, ReplicaStatus
 from chameleon_ray.policy.adapter import Adapter, Tier
-from chameleon_ray.policy.replica_load import ReplicaLoad
-from chameleon_ray.policy.replica_table import ReplicaView
 from chameleon_ray.router import LOOKS_ALWAYS_UP_TO, Adapters, InFlight, Reports
+from chameleon_ray.routing.replica_load import ReplicaLoad
+from chameleon_ray.routing.replica_table import ReplicaView
 
 ADAPTER = Adapter("ad" * 32, 16, 1000)
 MAX_AGE_S = 10.0

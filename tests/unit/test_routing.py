@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chameleon_ray.policy.adapter import Adapter, Tier
-from chameleon_ray.policy.replica_load import ReplicaLoad
-from chameleon_ray.policy.replica_table import ReplicaTable, ReplicaView, rendezvous_weight
-from chameleon_ray.policy.routing import MIN_GAIN_S, NUM_RANKED, Decision, LoadCosts, rank_replicas
+from chameleon_ray.routing.ranking import MIN_GAIN_S, NUM_RANKED, Decision, LoadCosts, rank_replicas
+from chameleon_ray.routing.replica_load import ReplicaLoad
+from chameleon_ray.routing.replica_table import ReplicaTable, ReplicaView, rendezvous_weight
 
 GIB = 2**30
 COSTS = LoadCosts(

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from chameleon_ray import cli
 from chameleon_ray.policy.adapter import Tier
-from chameleon_ray.policy.replica_load import ReplicaLoad
+from chameleon_ray.routing.replica_load import ReplicaLoad
 from chameleon_ray.sim.cluster import ClusterScenario, capacity, scenario_of, simulate_cluster
 from chameleon_ray.sim.routers import ROUTERS, Hints
 from chameleon_ray.sim.scenario import PolicySettings

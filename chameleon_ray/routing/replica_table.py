@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chameleon_ray.policy.adapter import Tier
-from chameleon_ray.policy.replica_load import ReplicaLoad
+from chameleon_ray.routing.replica_load import ReplicaLoad
 
 UNKNOWN_TTFT_S = 0.05
 UNKNOWN_SERVICE_S = 1.0

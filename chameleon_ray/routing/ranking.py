@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 
 from chameleon_ray.policy.adapter import Adapter, Tier
-from chameleon_ray.policy.replica_table import Floats, ReplicaTable, Rows, Tiers, Weights
+from chameleon_ray.routing.replica_table import Floats, ReplicaTable, Rows, Tiers, Weights
 
 Reason = Literal["resident", "host", "cold", "overload", "no_hint", "base"]
 """Why the first choice was made.
