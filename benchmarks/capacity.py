@@ -56,11 +56,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def engines(setting: Setting, names: Sequence[str]) -> list[Engine]:
     """The named engines."""
-    share = setting.adapter_share
+    share = setting.adapter_memory_share
     settings = {
         STOCK: None,
-        PLAIN: PagedSettings(memory_share=share, scheduler="fifo", policy="lru"),
-        CHAMELEON: PagedSettings(memory_share=share),
+        PLAIN: PagedSettings(adapter_memory_share=share, scheduler="fifo", adapter_policy="lru"),
+        CHAMELEON: PagedSettings(adapter_memory_share=share),
     }
     return [Engine(name, settings[name]) for name in names]
 

@@ -92,7 +92,7 @@ async def _churn(model: str, folders: list[Path], dtype: str) -> dict[str, float
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.churn", description=__doc__)
     parser.add_argument("--dtype", default="float32", help="of weights, activations and KV cache (%(default)s)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="compute threads (all cores)")
+    parser.add_argument("--cpu-threads", type=int, default=os.cpu_count(), help="compute threads (all cores)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     given = parser.parse_args()
-    run(given.dtype, given.threads, given.json)
+    run(given.dtype, given.cpu_threads, given.json)

@@ -75,7 +75,12 @@ def run(arguments: argparse.Namespace) -> int:
 def engines(setting: Setting, schedulers: Sequence[str]) -> list[Engine]:
     """One engine for each scheduler, alike in everything else."""
     return [
-        Engine(name, PagedSettings(memory_share=setting.adapter_share, scheduler=name, policy="chameleon"))
+        Engine(
+            name,
+            PagedSettings(
+                adapter_memory_share=setting.adapter_memory_share, scheduler=name, adapter_policy="chameleon"
+            ),
+        )
         for name in schedulers
     ]
 

@@ -39,16 +39,16 @@ class Engine:
 class Machine:
     """What all engines of a comparison have alike.
 
-    kv_bytes: KV pool. max_running: requests at once (``max_num_seqs``). threads: compute threads of an engine.
+    kv_cache_bytes: KV pool. max_num_seqs: requests at once. cpu_threads: compute threads of an engine.
     """
 
     model: Path
     adapters: Mapping[str, Path]
-    kv_bytes: int
-    max_running: int
-    context_window: int
+    kv_cache_bytes: int
+    max_num_seqs: int
+    max_model_len: int
     max_rank: int
-    threads: int
+    cpu_threads: int
     dtype: str = "float32"
 
 
@@ -61,7 +61,7 @@ def running(engines: Sequence[Engine], machine: Machine, say: Callable[[str], No
         began_s = time.monotonic()
         ports = [free_port() for _ in engines]
         processes = [
-            stack.enter_context(_process(command(engine, machine, port), machine.threads, logs / engine.name))
+            stack.enter_context(_process(command(engine, machine, port), machine.cpu_threads, logs / engine.name))
             for engine, port in zip(engines, ports, strict=True)
         ]
         targets = [Target(engine.name, f"http://127.0.0.1:{port}") for engine, port in zip(engines, ports, strict=True)]
@@ -79,9 +79,9 @@ def command(engine: Engine, machine: Machine, port: int) -> list[str]:
         "host": "127.0.0.1",
         "port": port,
         "dtype": machine.dtype,
-        "max_model_len": machine.context_window,
-        "max_num_seqs": machine.max_running,
-        "kv_cache_memory_bytes": machine.kv_bytes,
+        "max_model_len": machine.max_model_len,
+        "max_num_seqs": machine.max_num_seqs,
+        "kv_cache_memory_bytes": machine.kv_cache_bytes,
     }
     more: list[str] = []
     if engine.settings is None:

@@ -28,7 +28,7 @@ from chameleon_ray.bench.load.lengths import Lengths, scaled, synthetic_lengths,
 from chameleon_ray.bench.load.workload import Workload, adapter_shares
 from chameleon_ray.random_demo import RANKS, LinkedAdapter, link_adapters, make_random_demo
 
-MIB = 1 << 20
+MIB, GIB = 1 << 20, 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +39,16 @@ class Setting:
     adapters: Mapping[str, LinkedAdapter]
     lengths: Lengths
     workload: Workload
-    adapter_share: float
+    adapter_memory_share: float
 
     def describe(self) -> list[str]:
         """The setting in words, a line each."""
         machine, lengths = self.machine, self.lengths
         prompts, outputs = lengths.num_prompt_tokens, lengths.num_output_tokens
         return [
-            f"{len(self.adapters)} adapters of ranks {', '.join(map(str, RANKS))}; {machine.kv_bytes // MIB} MiB of KV "
-            f"pool, {self.adapter_share:.0%} of it open to adapters; at most {machine.max_running} requests at once; "
-            f"{machine.dtype}, {machine.threads} thread(s) an engine",
+            f"{len(self.adapters)} adapters of ranks {', '.join(map(str, RANKS))}; {machine.kv_cache_bytes // MIB} "
+            f"MiB of KV pool, {self.adapter_memory_share:.0%} of it open to adapters; at most {machine.max_num_seqs} "
+            f"requests at once; {machine.dtype}, {machine.cpu_threads} thread(s) an engine",
             f"prompts of {prompts.mean():.0f} tokens (at most {prompts.max()}), "
             f"answers of {outputs.mean():.0f} (at most {outputs.max()})",
         ]
@@ -65,13 +65,13 @@ def add_setting(parser: argparse.ArgumentParser) -> None:
         help="the random model and adapters, made if they are not there (%(default)s)",
     )
     add("--adapters", type=int, default=100, metavar="N", help="adapters, in equal numbers of each rank (100)")
-    add("--kv-mib", type=int, default=128, help="KV pool of each engine, adapters in it included (128)")
-    add("--adapter-share", type=float, default=1.0, help="most of the pool that adapters may hold (1)")
-    add("--max-running", type=int, default=32, help="requests that an engine runs at once (32)")
-    add("--context-window", type=int, default=2048, help="tokens; lengths are scaled to fit (2048)")
+    add("--kv-cache-gib", type=float, default=0.125, help="KV pool of each engine, adapters in it included (0.125)")
+    add("--adapter-memory-share", type=float, default=1.0, help="most of the pool that adapters may hold (1)")
+    add("--max-num-seqs", type=int, default=32, help="requests that an engine runs at once (32)")
+    add("--max-model-len", type=int, default=2048, help="tokens; lengths are scaled to fit (2048)")
     add("--length-scale", type=float, help="this factor on all lengths instead; what does not fit is cut")
     add("--trace", type=Path, metavar="CSV", help="lengths from a trace in Azure's format (default: synthetic, alike)")
-    add("--threads", type=int, help="compute threads of an engine (one core less than there are)")
+    add("--cpu-threads", type=int, help="compute threads of an engine (one core less than there are)")
     add("--dtype", default="float32", help="weights, activations and KV cache (float32)")
     add("--seed", type=int, default=0, help="of arrivals, lengths and adapters (0)")
 
@@ -85,18 +85,18 @@ def make_setting(arguments: argparse.Namespace, stack: ExitStack) -> Setting:
     folder = Path(stack.enter_context(TemporaryDirectory(prefix="chameleon-adapters-")))
     adapters = link_adapters(demo, folder, arguments.adapters)
     lengths = trace_lengths(arguments.trace) if arguments.trace else synthetic_lengths(arguments.seed)
-    lengths = scaled(lengths, arguments.context_window, arguments.length_scale)
+    lengths = scaled(lengths, arguments.max_model_len, arguments.length_scale)
     ranks: dict[str, int | None] = {name: adapter.rank for name, adapter in adapters.items()}
     machine = Machine(
         model=demo.model,
         adapters={name: adapter.path for name, adapter in adapters.items()},
-        kv_bytes=arguments.kv_mib * MIB,
-        max_running=arguments.max_running,
-        context_window=arguments.context_window,
+        kv_cache_bytes=int(arguments.kv_cache_gib * GIB),
+        max_num_seqs=arguments.max_num_seqs,
+        max_model_len=arguments.max_model_len,
         max_rank=max(RANKS),
         # The servers' front ends and the client need a core as well.
-        threads=arguments.threads or max(1, (os.cpu_count() or 1) - 1),
+        cpu_threads=arguments.cpu_threads or max(1, (os.cpu_count() or 1) - 1),
         dtype=arguments.dtype,
     )
     workload = Workload(lengths, ranks, adapter_shares(ranks, "uniform", "power-law", 1.0), arguments.seed)
-    return Setting(machine, adapters, lengths, workload, arguments.adapter_share)
+    return Setting(machine, adapters, lengths, workload, arguments.adapter_memory_share)

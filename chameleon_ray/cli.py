@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         "settings",
         nargs="*",
         metavar="NAME=VALUE",
-        help="such as memory_share=0.8 scheduler=fifo; an unknown one lists all",
+        help="such as adapter_memory_share=0.8 scheduler=fifo; an unknown one lists all",
     )
     words.set_defaults(run=_vllm_args)
     commands.add_parser(

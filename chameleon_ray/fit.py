@@ -57,11 +57,14 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What runs beside adapters. kv_tokens: of all requests at once; memory_share: most of KV memory for adapters."""
+    """What runs beside adapters. kv_tokens: of all requests at once.
+
+    adapter_memory_share: most of KV memory for adapters.
+    """
 
     gpu_gib: float
     kv_tokens: int = 32_768
-    memory_share: float = 0.5
+    adapter_memory_share: float = 0.5
 
 
 def fit(config: dict[str, Any], name: str, *, tp: int = 1, block_size: int = 16, needs: Needs | None = None) -> Fit:
@@ -90,7 +93,7 @@ def fit(config: dict[str, Any], name: str, *, tp: int = 1, block_size: int = 16,
         plan = plan_rows(parts, [rank] * len(slice_shapes(parts)), page_elems)
         adapters = None
         if needs is not None and kv_blocks is not None:
-            room = min(kv_blocks - -(-needs.kv_tokens // block_size), int(needs.memory_share * kv_blocks))
+            room = min(kv_blocks - -(-needs.kv_tokens // block_size), int(needs.adapter_memory_share * kv_blocks))
             adapters = max(0, room) // plan.num_pages
         waste = round(plan.waste(parts), 4)
         ranks.append(RankFit(rank, plan.num_pages, plan.num_pages * block_bytes, waste, adapters))
@@ -105,7 +108,9 @@ def _kv_bytes(shape: ModelShape, tp: int, needs: Needs) -> float:
 def configure(parser: ArgumentParser) -> None:
     """The command's options."""
     parser.add_argument("model", metavar="MODEL", help="folder or config.json, or a name on the Hugging Face hub")
-    parser.add_argument("--tp", type=int, default=1, metavar="N", help="GPUs that share the model (default: 1)")
+    parser.add_argument(
+        "--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs that share the model (default: 1)"
+    )
     parser.add_argument(
         "--block-size", type=int, default=16, metavar="B", help="tokens of a KV block (default: 16, vLLM's on GPUs)"
     )
@@ -123,11 +128,13 @@ def configure(parser: ArgumentParser) -> None:
 def run(arguments: Namespace) -> int:
     """Print, and write if asked; 0 if the model's adapters fit, 3 if they cannot. Raises ModelConfigError."""
     needs = None if arguments.gpu_gib is None else Needs(arguments.gpu_gib, arguments.kv_tokens)
-    if min(arguments.tp, arguments.block_size) < 1:
-        raise ModelConfigError("--tp and --block-size must be at least 1")
+    if min(arguments.tensor_parallel_size, arguments.block_size) < 1:
+        raise ModelConfigError("--tensor-parallel-size and --block-size must be at least 1")
     config = read_config(_local(arguments.model))
-    found = fit(config, arguments.model, tp=arguments.tp, block_size=arguments.block_size, needs=needs)
-    print("\n".join(_lines(found, arguments.model, arguments.tp, needs)))
+    found = fit(
+        config, arguments.model, tp=arguments.tensor_parallel_size, block_size=arguments.block_size, needs=needs
+    )
+    print("\n".join(_lines(found, arguments.model, arguments.tensor_parallel_size, needs)))
     if arguments.json:
         arguments.json.write_text(json.dumps(found.report(), indent=2) + "\n", encoding="utf-8")
     return 0 if found.paged else 3
@@ -158,7 +165,7 @@ def _lines(found: Fit, model: str, tp: int, needs: Needs | None) -> list[str]:
         lines.append(
             f"{needs.gpu_gib:g} GiB each: about {found.kv_blocks} KV blocks (90 % of it, less weights and "
             f"{_ACTIVATIONS_GIB} GiB), of which {needs.kv_tokens} tokens of requests take "
-            f"{-(-needs.kv_tokens // found.block_size)} and adapters at most {needs.memory_share:.0%}"
+            f"{-(-needs.kv_tokens // found.block_size)} and adapters at most {needs.adapter_memory_share:.0%}"
         )
         head += f"{'adapters':>10}"
     lines.append(head)

@@ -58,10 +58,10 @@ def request_router_config(redis: RedisConfig, router: RouterConfig) -> RequestRo
 def load_costs(router: RouterConfig) -> LoadCosts:
     """The policy's view of the router's configuration."""
     return LoadCosts(
-        host_bytes_s=router.host_load_gib_s * GIB,
-        disk_bytes_s=router.disk_load_gib_s * GIB,
-        source_bytes_s=router.source_load_gib_s * GIB,
-        overhead_s=router.load_overhead_s,
+        host_load_bytes_s=router.host_load_gib_s * GIB,
+        disk_load_bytes_s=router.disk_load_gib_s * GIB,
+        source_load_bytes_s=router.source_load_gib_s * GIB,
+        load_overhead_s=router.load_overhead_s,
         hysteresis=router.hysteresis,
     )
 

@@ -76,7 +76,7 @@ class InstantEngine:
         return {}
 
     def load(self) -> ReplicaLoad:
-        return ReplicaLoad(max_running=64)
+        return ReplicaLoad(max_num_seqs=64)
 
     async def check_health(self) -> None:
         pass

@@ -75,8 +75,8 @@ class _Replica:
         self._blocks = {a.digest: -(-a.size_bytes // (BLOCK_TOKENS * KV_TOKEN_BYTES)) for a in self._adapters}
         pool = scenario.pool_blocks
         config = ReplicaConfig(
-            CacheConfig(max_blocks=pool, host_bytes=scenario.host_gib << 30),
-            QueueOptions(pool * BLOCK_TOKENS, SizingOptions(KV_TOKEN_BYTES), max_running=MAX_RUNNING),
+            CacheConfig(max_blocks=pool, adapter_host_bytes=scenario.host_gib << 30),
+            QueueOptions(pool * BLOCK_TOKENS, SizingOptions(KV_TOKEN_BYTES), max_num_seqs=MAX_RUNNING),
             block_tokens=BLOCK_TOKENS,
         )
         self.policy = ReplicaPolicy(config, self)

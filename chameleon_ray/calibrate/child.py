@@ -3,6 +3,7 @@
 import argparse
 import pickle
 import statistics
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,10 @@ from chameleon_ray.calibrate.measure import (
 from chameleon_ray.calibrate.measured import CalibrationError, Effort, Measured
 from chameleon_ray.engine.paged.options import PagedSettings, paged_arguments
 from chameleon_ray.sim.parallel import show_progress
+from chameleon_ray.sim.scenario import PolicySettings
 
-_POLICY = {
-    "scheduling": "scheduler",
-    "eviction": "policy",
-    "prefetch": "prefetch",
-    "max_adapter_share": "memory_share",
-    "size_form": "request_size",
-    "k_rule": "k_rule",
-    "max_queues": "max_queues",
-    "refresh_s": "refresh_s",
-    "slo_s": "slo_s",
-}
-"""The simulator's name of a setting -> the engine's."""
+_POLICY = sorted(PolicySettings.model_fields.keys() & {field.name for field in fields(PagedSettings)})
+"""The options that the simulator's policy shares with the engine's."""
 
 
 def measure(engine: LiveEngine, folders: list[Path], effort: Effort, seed: int) -> Measured:
@@ -60,7 +52,7 @@ def measure(engine: LiveEngine, folders: list[Path], effort: Effort, seed: int) 
         fetches=fetches,
         adapters=[(adapter.rank, adapter.size_bytes) for adapter in adapters],
         served=served,
-        policy={ours: getattr(settings, theirs) for ours, theirs in _POLICY.items()},
+        policy={name: getattr(settings, name) for name in _POLICY},
         assumptions=[
             "Adapters on disk are in the system's page cache; a fetch reads their headers as well, as for new ones.",
             "Bytes and bandwidths are those of one tensor-parallel rank.",
@@ -76,7 +68,7 @@ def memory(engine: LiveEngine, adapters: list[LiveAdapter]) -> dict[str, int]:
         "block_tokens": block_tokens,
         "kv_bytes_per_token": block_bytes // block_tokens,
         "pool_blocks": layout.num_blocks - 1,  # One is vLLM's own.
-        "host_bytes": PagedSettings.of(engine.config).host_bytes,
+        "adapter_host_bytes": PagedSettings.of(engine.config).adapter_host_bytes,
         "adapter_bytes_per_rank": round(statistics.median(one.size_bytes / one.rank for one in adapters)),
     }
 
@@ -85,14 +77,16 @@ def limits(engine: LiveEngine) -> dict[str, float]:
     """The engine's ``EngineLimits``."""
     scheduler = engine.config.scheduler_config
     return {
-        "max_running": scheduler.max_num_seqs,
-        "max_step_tokens": scheduler.max_num_batched_tokens,
+        "max_num_seqs": scheduler.max_num_seqs,
+        "max_num_batched_tokens": scheduler.max_num_batched_tokens,
         "max_model_len": engine.config.model_config.max_model_len,
         "watermark_share": scheduler.watermark,
     }
 
 
-def start_engine(model: str, dtype: str, kv_bytes: int | None, host_bytes: int, max_model_len: int | None) -> LLMEngine:
+def start_engine(
+    model: str, dtype: str, kv_cache_bytes: int | None, adapter_host_bytes: int, max_model_len: int | None
+) -> LLMEngine:
     """The paged engine, in this process."""
     arguments: dict[str, Any] = {
         "model": model,
@@ -102,10 +96,10 @@ def start_engine(model: str, dtype: str, kv_bytes: int | None, host_bytes: int, 
         "enable_lora": True,
         "disable_log_stats": True,
         "enforce_eager": current_platform.is_cpu(),
-        **paged_arguments(PagedSettings(host_bytes=host_bytes)),
+        **paged_arguments(PagedSettings(adapter_host_bytes=adapter_host_bytes)),
     }
-    if kv_bytes is not None:
-        arguments["kv_cache_memory_bytes"] = kv_bytes
+    if kv_cache_bytes is not None:
+        arguments["kv_cache_memory_bytes"] = kv_cache_bytes
     return LLMEngine.from_engine_args(EngineArgs(**arguments))
 
 

@@ -71,14 +71,14 @@ def measure_kernels(
     return Measured(
         engine=f"bare kernels on {timer.name}, {shape.name}, {str(dtype).removeprefix('torch.')}",
         memory=_memory(shape, element_bytes, timer.total_bytes()),
-        limits={"max_running": 256, "max_step_tokens": 2048, "max_model_len": shape.max_model_len},
+        limits={"max_num_seqs": 256, "max_num_batched_tokens": 2048, "max_model_len": shape.max_model_len},
         steps=points,
         loads=loads,
         assumptions=[
             "Bare kernels: the host's time per step, sampling, norms and activations are not in the numbers.",
             "One layer is timed and multiplied by the number of layers.",
             "Memory: 90% of the device's, less weights and 2 GiB of activations; 128 GB of host memory.",
-            "max_running, max_step_tokens are vLLM's usual ones.",
+            "max_num_seqs, max_num_batched_tokens are vLLM's usual ones.",
         ],
     )
 
@@ -224,6 +224,6 @@ def _memory(shape: ModelShape, element_bytes: int, total_bytes: int) -> dict[str
         "block_tokens": _BLOCK_TOKENS,
         "kv_bytes_per_token": kv_bytes,
         "pool_blocks": left // (_BLOCK_TOKENS * kv_bytes),
-        "host_bytes": 128_000_000_000,
+        "adapter_host_bytes": 128_000_000_000,
         "adapter_bytes_per_rank": shape.adapter_bytes(1, element_bytes),
     }

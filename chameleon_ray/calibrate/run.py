@@ -27,10 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("cost-model.json"), metavar="FILE", help="the cost model")
     parser.add_argument("--name", help="of the cost model (default: the file's)")
-    parser.add_argument("--threads", type=int, help="compute threads of a CPU engine (default: all cores)")
+    parser.add_argument("--cpu-threads", type=int, help="compute threads of a CPU engine (default: all cores)")
     parser.add_argument("--dtype", help="of weights and KV cache (default: vLLM's choice; float32 for the demo)")
-    parser.add_argument("--kv-gib", type=float, metavar="GIB", help="KV memory (default: as vLLM would; demo: 0.25)")
-    parser.add_argument("--host-gib", type=float, default=4.0, metavar="GIB", help="host memory for adapters")
+    parser.add_argument(
+        "--kv-cache-gib", type=float, metavar="GIB", help="KV memory (default: as vLLM would; demo: 0.25)"
+    )
+    parser.add_argument("--adapter-host-gib", type=float, default=4.0, metavar="GIB", help="host memory for adapters")
     parser.add_argument("--max-model-len", type=int, help="context window (default: the model's)")
     parser.add_argument("--requests", type=int, default=300, help="of the workload that checks the model; 0: none")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each kind of step; medians are taken")
@@ -50,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, write the model, print how good it is; the exit status. Raises CalibrationError, FitFailed."""
-    for name in ("threads", "repeats", "max_model_len", "kv_gib", "host_gib"):
+    for name in ("cpu_threads", "repeats", "max_model_len", "kv_cache_gib", "adapter_host_gib"):
         if (value := getattr(arguments, name)) is not None and value <= 0:
             raise CalibrationError(f"--{name.replace('_', '-')} is {value}: give a positive number")
     if arguments.requests < 0:
@@ -78,17 +80,17 @@ def _kernels(arguments: argparse.Namespace) -> Measured:
 def _engine(arguments: argparse.Namespace) -> Measured:
     if (arguments.model is None) != (arguments.adapters is None):
         raise CalibrationError("give --model and --adapters, or neither of them for the demo")
-    threads = arguments.threads or os.cpu_count() or 1
+    threads = arguments.cpu_threads or os.cpu_count() or 1
     if arguments.clock == "cpu" and threads > 1:
-        raise CalibrationError("--clock cpu needs --threads 1: it counts the seconds of all threads together")
-    kv_gib, dtype, max_model_len = arguments.kv_gib, arguments.dtype, arguments.max_model_len
+        raise CalibrationError("--clock cpu needs --cpu-threads 1: it counts the seconds of all threads together")
+    kv_cache_gib, dtype, max_model_len = arguments.kv_cache_gib, arguments.dtype, arguments.max_model_len
     model, adapters = arguments.model, arguments.adapters
     if model is None:
         from chameleon_ray.random_demo import make_random_demo
 
         demo = make_random_demo()
         model, adapters = str(demo.model), demo.adapters
-        kv_gib = kv_gib or _DEMO_KV_BYTES / _GIB
+        kv_cache_gib = kv_cache_gib or _DEMO_KV_BYTES / _GIB
         dtype, max_model_len = dtype or "float32", max_model_len or _DEMO_MODEL_LEN
     if not adapters.is_dir():
         raise CalibrationError(f"there is no folder of adapters at {adapters}")
@@ -97,8 +99,8 @@ def _engine(arguments: argparse.Namespace) -> Measured:
         "engine": {
             "model": model,
             "dtype": dtype or "auto",
-            "kv_bytes": None if kv_gib is None else int(kv_gib * _GIB),
-            "host_bytes": int(arguments.host_gib * _GIB),
+            "kv_cache_bytes": None if kv_cache_gib is None else int(kv_cache_gib * _GIB),
+            "adapter_host_bytes": int(arguments.adapter_host_gib * _GIB),
             "max_model_len": max_model_len,
         },
         "folders": folders,

@@ -148,17 +148,17 @@ def _paged(config: AppConfig) -> dict[str, Any]:
 
 def _settings(config: AppConfig) -> PagedSettings:
     return PagedSettings(
-        memory_share=config.engine.adapter_memory_share,
-        host_bytes=int(config.engine.adapter_host_gib * GIB),
+        adapter_memory_share=config.engine.adapter_memory_share,
+        adapter_host_bytes=int(config.engine.adapter_host_gib * GIB),
         max_rank=config.adapters.max_rank,
         check_finite=False,  # AdapterLibrary has looked at these very files.
         retry_after_s=config.adapters.retry_after_s,
-        policy=config.engine.adapter_policy,
+        adapter_policy=config.engine.adapter_policy,
         scheduler=config.engine.scheduler,
         request_size=config.engine.request_size,
-        max_queues=config.engine.scheduler_max_queues,
-        slo_s=config.engine.scheduler_slo_s,
-        refresh_s=config.engine.scheduler_refresh_s,
+        scheduler_max_queues=config.engine.scheduler_max_queues,
+        scheduler_slo_s=config.engine.scheduler_slo_s,
+        scheduler_refresh_s=config.engine.scheduler_refresh_s,
         trust_predictions=config.engine.length_predictor != "history",  # EstimatingLLM strips what clients send.
     )
 

@@ -24,7 +24,8 @@ RECENT_S = 10.0
 @dataclass(frozen=True, slots=True)
 class MemoryLimits:
     """block_bytes: of one block over all ranks and layers. max_blocks: most that adapters may hold, of num_blocks.
-    host_bytes: most bytes of host copies per rank. shares_kv: blocks are the KV cache's; else slots, of adapters alone.
+    adapter_host_bytes: most bytes of host copies per rank.
+    shares_kv: blocks are the KV cache's; else slots, of adapters alone.
     """
 
     block_bytes: int
@@ -32,7 +33,7 @@ class MemoryLimits:
         metadata=level("chameleon_adapter_blocks_limit", "KV-cache blocks, or slots, that adapters may hold.")
     )
     num_blocks: int
-    host_bytes: int
+    adapter_host_bytes: int
     shares_kv: bool = True
 
 

@@ -29,7 +29,7 @@ class LoadStats(StatLoggerBase):
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0, clock: Callable[[], float] = time.monotonic):
         self.num_running = 0
         self.num_waiting = 0
-        self.max_running = vllm_config.scheduler_config.max_num_seqs
+        self.max_num_seqs = vllm_config.scheduler_config.max_num_seqs
         self.kv_used_share = 0.0
         self._kv_usage = 0.0
         self._ttfts = RecentTtfts()
@@ -116,7 +116,7 @@ class LoadStats(StatLoggerBase):
         return ReplicaLoad(
             num_running=self.num_running,
             num_waiting=self.num_waiting,
-            max_running=self.max_running,
+            max_num_seqs=self.max_num_seqs,
             service_s=self._recent.service_s,
             ttft_s=self._recent.ttft_s,
             eviction_cost_s=eviction_cost_s,

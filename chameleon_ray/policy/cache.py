@@ -41,8 +41,8 @@ class AdapterCache:
         self.config = config
         self._residency = Residency()
         self._history = UseHistory(config.frequency_window_s)
-        scorer = POLICIES[config.policy].scorer(config.weights)
-        self._keeps_idle = POLICIES[config.policy].keeps_idle
+        scorer = POLICIES[config.adapter_policy].scorer(config.weights)
+        self._keeps_idle = POLICIES[config.adapter_policy].keeps_idle
         self._planner = Planner(config, scorer, self._residency, self._history)
         self._version = 0
         self._prefetch_from_s = float("-inf")
@@ -69,10 +69,10 @@ class AdapterCache:
             raise AdapterTooLarge(
                 f"it takes {num_blocks} blocks of KV memory, and all adapters may hold {self.config.max_blocks}"
             )
-        if not 0 < adapter.size_bytes <= self.config.host_bytes:
+        if not 0 < adapter.size_bytes <= self.config.adapter_host_bytes:
             raise AdapterTooLarge(
                 f"it takes {adapter.size_bytes} bytes of host memory, and all adapters may hold "
-                f"{self.config.host_bytes}"
+                f"{self.config.adapter_host_bytes}"
             )
         row = self._history.add(adapter.digest, adapter.size_bytes, num_blocks)
         entry = Entry(adapter, num_blocks, row, on_disk)
@@ -297,7 +297,7 @@ class AdapterCache:
         live_requests: ids of the driver's requests for adapters.
         """
         self._residency.check(owned_blocks, live_requests)
-        bounds = self.config.max_blocks, self.config.host_bytes
+        bounds = self.config.max_blocks, self.config.adapter_host_bytes
         held = self._residency.blocks_held, self._residency.host_bytes_held
         if held[0] > bounds[0] or held[1] > bounds[1]:
             raise CacheCorrupt(f"(blocks, host bytes) {held} held, over the bounds {bounds}")

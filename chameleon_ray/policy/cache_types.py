@@ -41,8 +41,8 @@ class CacheConfig:
     """What an operator decides about one replica's adapter cache.
 
     max_blocks: most KV-pool blocks that adapters may hold, against prefix-cache blocks and KV.
-    host_bytes: most bytes of host copies, those being read included.
-    policy: a name in ``POLICIES``. weights: of the ``chameleon`` policy.
+    adapter_host_bytes: most bytes of host copies, those being read included.
+    adapter_policy: a name in ``POLICIES``. weights: of the ``chameleon`` policy.
     frequency_window_s: uses older than this do not count.
     retry_after_s: pause before an adapter that failed is tried again.
     max_fetches: reads into host memory under way at once.
@@ -52,8 +52,8 @@ class CacheConfig:
     """
 
     max_blocks: int
-    host_bytes: int
-    policy: str = "chameleon"
+    adapter_host_bytes: int
+    adapter_policy: str = "chameleon"
     weights: Weights = PAPER_WEIGHTS
     frequency_window_s: float = 300.0
     retry_after_s: float = 5.0
@@ -63,9 +63,9 @@ class CacheConfig:
     prefetch_pause_s: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise ValueError(f"policy {self.policy!r} is not one of {', '.join(POLICIES)}")
-        for name in ("max_blocks", "host_bytes", "frequency_window_s", "max_fetches", "prefetch_loads"):
+        if self.adapter_policy not in POLICIES:
+            raise ValueError(f"adapter_policy {self.adapter_policy!r} is not one of {', '.join(POLICIES)}")
+        for name in ("max_blocks", "adapter_host_bytes", "frequency_window_s", "max_fetches", "prefetch_loads"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be more than 0, not {getattr(self, name)}")
         for name in ("retry_after_s", "prefetch_pause_s"):

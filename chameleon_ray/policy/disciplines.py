@@ -21,8 +21,9 @@ class QueueOptions:
     """What an operator may set.
 
     total_tokens: tokens that running requests may hold together (KV cache plus adapters, in tokens).
-    max_running: requests that the engine runs at once, its seats; None: tokens alone limit.
-    slo_s: None takes five mean durations. refresh_s: the paper's T_refresh; see rule 7 of ``queues``.
+    max_num_seqs: requests that the engine runs at once, its seats; None: tokens alone limit.
+    scheduler_slo_s: None takes five mean durations.
+    scheduler_refresh_s: the paper's T_refresh; see rule 7 of ``queues``.
     max_overtakes: how often capacity may let younger requests pass one (rule 6).
     max_squash_share: bypasses are allowed as long as squashing them all would stay within this share of admissions.
     priority_s: seconds of seniority that one level of client priority is worth.
@@ -30,11 +31,11 @@ class QueueOptions:
 
     total_tokens: int
     sizing: SizingOptions
-    max_running: int | None = None
-    max_queues: int = 4
+    max_num_seqs: int | None = None
+    scheduler_max_queues: int = 4
     k_rule: Literal["elbow", "min_wcss"] = "elbow"
-    slo_s: float | None = None
-    refresh_s: float = 300.0
+    scheduler_slo_s: float | None = None
+    scheduler_refresh_s: float = 300.0
     max_overtakes: int = 32
     max_squash_share: float = 0.05
     priority_s: float = 1.0
@@ -42,10 +43,10 @@ class QueueOptions:
     def __post_init__(self) -> None:
         if self.total_tokens < _STATIC_QUEUES:
             raise ValueError(f"total_tokens is {self.total_tokens}: give the tokens that the KV cache holds")
-        if min(self.max_queues, self.max_overtakes, self.max_running or 1) < 1:
-            raise ValueError("max_queues, max_overtakes and max_running must be at least 1")
-        if self.refresh_s <= 0 or (self.slo_s is not None and self.slo_s <= 0):
-            raise ValueError("refresh_s and slo_s must be positive")
+        if min(self.scheduler_max_queues, self.max_overtakes, self.max_num_seqs or 1) < 1:
+            raise ValueError("scheduler_max_queues, max_overtakes and max_num_seqs must be at least 1")
+        if self.scheduler_refresh_s <= 0 or (self.scheduler_slo_s is not None and self.scheduler_slo_s <= 0):
+            raise ValueError("scheduler_refresh_s and scheduler_slo_s must be positive")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +80,14 @@ class Discipline:
 
 def _measured_queues(window: LoadWindow, scales: Scales, options: QueueOptions, now_s: float) -> Layout:
     cutoffs, loads = _cutoffs_and_loads(window, scales, options, now_s)
-    slo_s = options.slo_s or window.slo_s()
+    slo_s = options.scheduler_slo_s or window.slo_s()
     quotas = token_quotas(options.total_tokens, loads, slo_s)
     seats = (UNLIMITED,) * len(loads)
-    if options.max_running is not None:
+    if options.max_num_seqs is not None:
         # Where seats run out before tokens, the smallest queue would take every seat that comes free. The quota formula
         # in seats instead of tokens, D*(1/SLO + lambda), gives each queue what it needs of them.
         by_seat = [replace(load, max_request_tokens=1) for load in loads]
-        seats = tuple(max(1, share) for share in token_quotas(options.max_running, by_seat, slo_s).tokens)
+        seats = tuple(max(1, share) for share in token_quotas(options.max_num_seqs, by_seat, slo_s).tokens)
     return Layout(cutoffs, quotas.tokens, seats, quotas.scale)
 
 
@@ -97,7 +98,7 @@ def _cutoffs_and_loads(
 
     A queue with less could run that request only by holding up all others (rule 6 of ``queues.py``).
     """
-    max_queues = options.max_queues if window.num_arrived >= _MIN_SAMPLES else 1
+    max_queues = options.scheduler_max_queues if window.num_arrived >= _MIN_SAMPLES else 1
     sizes = window.sizes(scales)
     while max_queues > 1:
         cutoffs = cluster(sizes, max_queues, options.k_rule).cutoffs
@@ -115,7 +116,7 @@ def _thirds(window: LoadWindow, scales: Scales, options: QueueOptions, now_s: fl
         shares = [number / len(GAINS) for number in range(1, len(GAINS))]
         cutoffs = tuple(np.unique(np.quantile(window.sizes(scales), shares)).tolist())
     unlimited = (UNLIMITED,) * (len(cutoffs) + 1)
-    return Layout(cutoffs, unlimited, unlimited, max_age_s=MAX_AGE_SLOS * (options.slo_s or window.slo_s()))
+    return Layout(cutoffs, unlimited, unlimited, max_age_s=MAX_AGE_SLOS * (options.scheduler_slo_s or window.slo_s()))
 
 
 def _one_queue(window: LoadWindow, scales: Scales, options: QueueOptions, now_s: float) -> Layout:
@@ -124,7 +125,7 @@ def _one_queue(window: LoadWindow, scales: Scales, options: QueueOptions, now_s:
 
 def _equal_queues(window: LoadWindow, scales: Scales, options: QueueOptions, now_s: float) -> Layout:
     cutoffs = tuple(queue / _STATIC_QUEUES for queue in range(1, _STATIC_QUEUES))
-    seats = UNLIMITED if options.max_running is None else max(1, options.max_running // _STATIC_QUEUES)
+    seats = UNLIMITED if options.max_num_seqs is None else max(1, options.max_num_seqs // _STATIC_QUEUES)
     return Layout(cutoffs, (options.total_tokens // _STATIC_QUEUES,) * _STATIC_QUEUES, (seats,) * _STATIC_QUEUES)
 
 

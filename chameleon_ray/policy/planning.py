@@ -151,7 +151,7 @@ class Planner:
                 evictions.append(Eviction(digest, entry.num_blocks, EvictReason.RETIRED))
             if entry.in_host and entry.state is not State.LOADING:
                 drops.append(digest)
-        if not POLICIES[self.config.policy].keeps_idle:
+        if not POLICIES[self.config.adapter_policy].keeps_idle:
             evictions += [
                 Eviction(digest, entry.num_blocks, EvictReason.DISCARD)
                 for digest, entry in self.residency.idle.items()
@@ -218,7 +218,7 @@ class Planner:
     def _host_room(
         self, kept: Collection[str], evicted: Collection[str], dropped: Collection[str], now_s: float
     ) -> _Room:
-        free_bytes = self.config.host_bytes - self.residency.host_bytes_held
+        free_bytes = self.config.adapter_host_bytes - self.residency.host_bytes_held
         free_bytes += sum(self.residency.entries[digest].adapter.size_bytes for digest in dropped)
         return _Room(free_bytes, partial(self._host_order, kept, evicted, False, now_s), _size_bytes)
 

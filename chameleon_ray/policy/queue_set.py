@@ -12,7 +12,7 @@ from chameleon_ray.policy.sizing import QueuedRequest
 class QueueSet:
     """Owner of places and loans: a request is in one place, and used tokens are the loans of running requests."""
 
-    def __init__(self, layout: Layout, max_running: int | None) -> None:
+    def __init__(self, layout: Layout, max_num_seqs: int | None) -> None:
         self.entries: dict[str, Entry] = {}
         self.running: dict[str, Entry] = {}
         self.adapter_users: dict[str, dict[str, Entry]] = {}
@@ -22,7 +22,7 @@ class QueueSet:
         """How often a request began to run or stopped."""
         self.queues = _queues(layout)
         self._total_tokens = sum(layout.quotas)
-        self._max_running = UNLIMITED if max_running is None else max_running
+        self._max_running = UNLIMITED if max_num_seqs is None else max_num_seqs
         self._loading: OrderedDict[str, dict[str, Entry]] = OrderedDict()
 
     @property

@@ -17,8 +17,8 @@ The rules
    its own queue's quota, which returns by itself; but also a driver without capacity left to get to it. After
    ``max_overtakes`` nobody of its queue passes the request any more; after twice as many, the replica admits nobody
    else until it runs. So a request above any quota gets its turn, too.
-7. Queues and quotas are measured anew every ``refresh_s``, the paper's T_refresh; while requests wait, after a fifth of
-   it: old quotas cost nothing until somebody waits, and then more than a queue near saturation can bear
+7. Queues and quotas are measured anew every ``scheduler_refresh_s``, the paper's T_refresh; while requests wait, after
+   a fifth of it: old quotas cost nothing until somebody waits, and then more than a queue near saturation can bear
    (docs/simulator.md). Before the first window of traffic is full, also whenever arrivals have doubled.
 8. ``chameleon`` has a queue for each third of sizes and reserves nothing for any: every step takes, among the heads,
    the one whose boosted arrival (``ordering.py``) is earliest. A request without adapter room is bypassed by rule 5
@@ -57,16 +57,16 @@ class RequestQueues:
     None or the driver has no capacity left; what was not offered is offered by a later step.
     """
 
-    def __init__(self, discipline: str, options: QueueOptions, room: AdapterRoom) -> None:
-        if discipline not in DISCIPLINES:
-            raise QueueError(f"unknown scheduling policy {discipline!r}: choose one of {', '.join(DISCIPLINES)}")
-        self._discipline = DISCIPLINES[discipline]
+    def __init__(self, scheduler: str, options: QueueOptions, room: AdapterRoom) -> None:
+        if scheduler not in DISCIPLINES:
+            raise QueueError(f"unknown scheduling policy {scheduler!r}: choose one of {', '.join(DISCIPLINES)}")
+        self._discipline = DISCIPLINES[scheduler]
         self._options = options
         self._room = room
         self._window = LoadWindow(options.sizing)
         self._scales = self._window.scales()
         self._layout = self._discipline.layout(self._window, self._scales, options, 0.0)
-        self._set = QueueSet(self._layout, options.max_running)
+        self._set = QueueSet(self._layout, options.max_num_seqs)
         self._bypasses = Bypasses(self._set, self._window, room, options.max_squash_share)
         self._num_admissions = self._num_refreshes = self._num_holds = 0
         self._refresh_at_s = inf
@@ -112,7 +112,7 @@ class RequestQueues:
     @property
     def refresh_at_s(self) -> float:
         """When the next refresh by time is due, sooner while requests wait (rule 7); infinite before the first one."""
-        early_s = self._options.refresh_s * (1 - _BACKLOG_REFRESH_SHARE) if self.num_waiting else 0.0
+        early_s = self._options.scheduler_refresh_s * (1 - _BACKLOG_REFRESH_SHARE) if self.num_waiting else 0.0
         return self._refresh_at_s - early_s
 
     @property
@@ -220,8 +220,8 @@ class RequestQueues:
         self._layout = self._discipline.layout(self._window, self._scales, self._options, now_s)
         self._set.rearrange(self._layout, self._classify)
         self._num_refreshes += 1
-        self._refresh_at_s = now_s + self._options.refresh_s
-        # The first window of traffic is learned from at every doubling: refresh_s is long to wait for the first queues.
+        self._refresh_at_s = now_s + self._options.scheduler_refresh_s
+        # The first window of traffic is learned from at every doubling: the first queues come early.
         doubled = 2 * max(1, self._window.num_arrived)
         self._refresh_at_arrival = doubled if doubled <= self._window.capacity else inf
         return self._layout

@@ -52,7 +52,7 @@ class BlockPool(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ReplicaConfig:
-    """cache, queues: what an operator decides about each. discipline: a name in ``DISCIPLINES``. block_tokens: tokens
+    """cache, queues: what an operator decides about each. scheduler: a name in ``DISCIPLINES``. block_tokens: tokens
     of KV cache in one block.
 
     shares_kv: adapters lie in blocks of the KV cache, and give them back to it. Else they have ``cache.max_blocks``
@@ -61,7 +61,7 @@ class ReplicaConfig:
 
     cache: CacheConfig
     queues: QueueOptions
-    discipline: str = "chameleon"
+    scheduler: str = "chameleon"
     block_tokens: int = 16
     shares_kv: bool = True
 
@@ -87,7 +87,7 @@ class ReplicaPolicy:
         self.config = config
         self.cache = AdapterCache(config.cache)
         """For questions; change it through this object."""
-        self.queues = RequestQueues(config.discipline, config.queues, self)
+        self.queues = RequestQueues(config.scheduler, config.queues, self)
         """For questions; change it through this object."""
         self._pool = pool
         self._needed: dict[str, None] = {}

@@ -45,7 +45,7 @@ class SizingOptions:
 
     kv_token_bytes: KV-cache bytes of one token; turns adapter bytes into tokens. None where adapters take nothing of
     the KV cache.
-    form: ``product`` is the paper's WRS, ``sum`` its degree-1 variant with three terms.
+    request_size: ``product`` is the paper's WRS, ``sum`` its degree-1 variant with three terms.
     adapter_weight: weight of the adapter term in ``sum`` (the product has none).
     max_input_tokens, max_output_tokens, max_adapter_bytes: None takes the largest in the window of recent requests.
     """
@@ -54,7 +54,7 @@ class SizingOptions:
     input_weight: float = 0.4
     output_weight: float = 0.6
     adapter_weight: float = 0.5
-    form: Literal["product", "sum"] = "product"
+    request_size: Literal["product", "sum"] = "product"
     max_input_tokens: int | None = None
     max_output_tokens: int | None = None
     max_adapter_bytes: int | None = None
@@ -106,7 +106,7 @@ def weighted_size(
     tokens = options.input_weight / scales.max_input_tokens * inputs
     tokens = tokens + options.output_weight / scales.max_output_tokens * outputs
     adapter = adapter_bytes / scales.max_adapter_bytes
-    return tokens * adapter if options.form == "product" else tokens + options.adapter_weight * adapter
+    return tokens * adapter if options.request_size == "product" else tokens + options.adapter_weight * adapter
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,24 +44,25 @@ NUM_RANKED = 8
 class LoadCosts:
     """What loading an adapter is assumed to cost, and what a move must gain.
 
-    host_bytes_s, disk_bytes_s, source_bytes_s: bandwidth host to GPU, disk to host, source to disk, in bytes/s.
-    overhead_s: fixed cost of any load.
+    host_load_bytes_s, disk_load_bytes_s, source_load_bytes_s: bytes/s from host to GPU, disk to
+        host, source to disk.
+    load_overhead_s: fixed cost of any load.
     hysteresis: an adapter leaves its preferred replica only if that one is worse than the best by more than this share.
 
     Raises ValueError for a bandwidth that is not positive, or a negative overhead or hysteresis.
     """
 
-    host_bytes_s: float
-    disk_bytes_s: float
-    source_bytes_s: float
-    overhead_s: float
+    host_load_bytes_s: float
+    disk_load_bytes_s: float
+    source_load_bytes_s: float
+    load_overhead_s: float
     hysteresis: float
 
     def __post_init__(self) -> None:
-        for name in ("host_bytes_s", "disk_bytes_s", "source_bytes_s"):
+        for name in ("host_load_bytes_s", "disk_load_bytes_s", "source_load_bytes_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: a bandwidth is positive")
-        for name in ("overhead_s", "hysteresis"):
+        for name in ("load_overhead_s", "hysteresis"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it cannot be negative")
 
@@ -127,9 +128,9 @@ def _decision(table: ReplicaTable, rows: list[int], reason: Reason, tier: Tier, 
 
 def _load_times_s(adapter: Adapter, costs: LoadCosts) -> tuple[float, ...]:
     """Seconds to get the adapter into GPU memory, indexed by the tier that holds it; a load passes every tier above."""
-    host_s = costs.overhead_s + adapter.size_bytes / costs.host_bytes_s
-    disk_s = host_s + adapter.size_bytes / costs.disk_bytes_s
-    absent_s = disk_s + adapter.size_bytes / costs.source_bytes_s
+    host_s = costs.load_overhead_s + adapter.size_bytes / costs.host_load_bytes_s
+    disk_s = host_s + adapter.size_bytes / costs.disk_load_bytes_s
+    absent_s = disk_s + adapter.size_bytes / costs.source_load_bytes_s
     return absent_s, disk_s, host_s, 0.0
 
 

@@ -1,9 +1,9 @@
 """What one router believes about its cluster's replicas, in arrays: every decision looks at all of them.
 
 What others at a replica cost a request (``ReplicaTable.waiting_s``) follows from how full the replica is. Two things
-can be full: its seats (``max_running``) and its KV memory, which mostly fills first. Both are counted as shares:
+can be full: its seats (``max_num_seqs``) and its KV memory, which mostly fills first. Both are counted as shares:
 
-    seats = (running + waiting + unseen) / max_running
+    seats = (running + waiting + unseen) / max_num_seqs
     memory = kv_used_share + (waiting + unseen) * mean share of the KV pool that a running request holds
     taken = the larger one
 
@@ -27,7 +27,7 @@ from chameleon_ray.routing.replica_load import ReplicaLoad
 
 UNKNOWN_TTFT_S = 0.05
 UNKNOWN_SERVICE_S = 1.0
-UNKNOWN_MAX_RUNNING = 16.0
+UNKNOWN_MAX_NUM_SEQS = 16.0
 """Stand-ins while no replica has reported the real value; they set how soon a router without hints leaves a home."""
 
 Floats = NDArray[np.float64]
@@ -59,14 +59,14 @@ class ReplicaView:
 class _Means:
     """What the reports say taken together: means over the replicas that reported a value, else the stand-ins.
 
-    max_running, service_s, request_share: by row. request_share: of a replica, what one more request takes.
+    max_num_seqs, service_s, request_share: by row. request_share: of a replica, what one more request takes.
     kv_share: mean share of the KV pool that a running request holds; 0 when unknown.
     """
 
     is_reported: bool
     ttft_s: float
     kv_share: float
-    max_running: Floats
+    max_num_seqs: Floats
     service_s: Floats
     request_share: Floats
 
@@ -122,7 +122,7 @@ class ReplicaTable:
         means = self._means()
         running, waiting, unseen, kv_used_share = self._numbers[:4, : len(self.ids)]
         others = waiting + unseen
-        seats = (running + others) / means.max_running
+        seats = (running + others) / means.max_num_seqs
         taken = np.maximum(np.maximum(seats, kv_used_share + others * means.kv_share), 0)
         lacking = np.maximum(np.maximum(taken + means.request_share - 1, waiting * means.request_share), 0)
         delays_s: Floats = means.ttft_s * np.minimum(taken, 1) + means.service_s * lacking
@@ -169,15 +169,15 @@ class ReplicaTable:
 
     def _means(self) -> _Means:
         if self._cached_means is None:
-            running, _, _, kv_used_share, _, max_running, service_s, ttft_s = self._numbers[:, : len(self.ids)]
+            running, _, _, kv_used_share, _, max_num_seqs, service_s, ttft_s = self._numbers[:, : len(self.ids)]
             num_holding = float(running @ (kv_used_share > 0))
             kv_share = float(kv_used_share.sum()) / num_holding if num_holding else 0.0
-            seats = _known_or_mean(max_running, UNKNOWN_MAX_RUNNING)
+            seats = _known_or_mean(max_num_seqs, UNKNOWN_MAX_NUM_SEQS)
             self._cached_means = _Means(
-                is_reported=bool(max_running.any()),
+                is_reported=bool(max_num_seqs.any()),
                 ttft_s=_mean(ttft_s, UNKNOWN_TTFT_S),
                 kv_share=kv_share,
-                max_running=seats,
+                max_num_seqs=seats,
                 service_s=_known_or_mean(service_s, UNKNOWN_SERVICE_S),
                 request_share=np.maximum(1 / seats, kv_share),
             )
@@ -217,7 +217,7 @@ def _numbers(view: ReplicaView) -> tuple[float, ...]:
         view.in_flight - view.report_in_flight,
         load.kv_used_share,
         load.eviction_cost_s,
-        load.max_running,
+        load.max_num_seqs,
         load.service_s,
         load.ttft_s,
     )

@@ -61,12 +61,15 @@ class StepCosts(_Part):
 
 
 class MemoryCosts(_Part):
-    """pool_blocks: KV blocks of ``block_tokens`` tokens, adapters' share included. host_bytes: for host copies."""
+    """pool_blocks: KV blocks of ``block_tokens`` tokens, adapters' share included.
+
+    adapter_host_bytes: for host copies.
+    """
 
     block_tokens: Count = 16
     kv_bytes_per_token: Count
     pool_blocks: Count
-    host_bytes: Count
+    adapter_host_bytes: Count
     adapter_bytes_per_rank: Count
 
 
@@ -82,14 +85,14 @@ class LinkCosts(_Part):
 
 
 class EngineLimits(_Part):
-    """max_running: requests in a batch. max_step_tokens: tokens of a step, chunked prefill included.
+    """max_num_seqs: requests in a batch. max_num_batched_tokens: tokens of a step, chunked prefill included.
 
     watermark_share: of the pool, kept free when a request joins others, so that running ones can grow (vLLM's option
     ``watermark``, whose default is 0).
     """
 
-    max_running: Count = 256
-    max_step_tokens: Count = 2048
+    max_num_seqs: Count = 256
+    max_num_batched_tokens: Count = 2048
     max_model_len: Count = 4096
     watermark_share: float = Field(0.01, ge=0, lt=1)
 

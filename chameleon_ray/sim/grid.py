@@ -5,7 +5,7 @@ combination is run:
 
     workload: {requests_per_s: 8.0, length_scale: 0.34}
     grid:
-      policy.scheduling: [fifo, chameleon]
+      policy.scheduler: [fifo, chameleon]
       workload.requests_per_s: [6.0, 8.0, 9.0]
 """
 

@@ -175,7 +175,7 @@ class SimReplica:
         return ReplicaLoad(
             num_running=policy.num_running,
             num_waiting=policy.num_waiting,
-            max_running=self.costs.limits.max_running,
+            max_num_seqs=self.costs.limits.max_num_seqs,
             service_s=self._recent.service_s,
             ttft_s=self._recent.ttft_s,
             eviction_cost_s=policy.cache.eviction_cost_s(
@@ -330,7 +330,7 @@ class SimReplica:
         self._chunks = []
         if not self._prefilling:
             return num_preempted
-        budget = self.costs.limits.max_step_tokens - (0 if apart else self._num_decoding)
+        budget = self.costs.limits.max_num_batched_tokens - (0 if apart else self._num_decoding)
         for job in list(self._prefilling.values()):
             chunk = min(budget, job.prefill_left)
             if chunk <= 0 or job.request.request_id not in self.batch:
@@ -467,7 +467,7 @@ class SimReplica:
     def _decide(self, now_s: float, events: list[Event], resting: Collection[str], may_admit: bool) -> None:
         """The policy's part of a step: admissions and loads. resting: who must wait for the next step."""
         policy, limits = self.policy, self.costs.limits
-        budget = limits.max_step_tokens - sum(chunk for _, chunk in self._chunks)
+        budget = limits.max_num_batched_tokens - sum(chunk for _, chunk in self._chunks)
         budget -= 0 if self.mode.separate_prefill else self._num_decoding
         while may_admit and (request := policy.peek()) is not None:
             request_id = request.request_id
@@ -484,7 +484,7 @@ class SimReplica:
                 if plan.freed_blocks < short:
                     policy.pass_over(request_id, Obstacle.NO_MEMORY)
                     continue
-            if len(self.batch) >= limits.max_running or budget <= 0:  # vLLM looks at memory before this, too.
+            if len(self.batch) >= limits.max_num_seqs or budget <= 0:  # vLLM looks at memory before this, too.
                 self._dirty |= budget <= 0
                 break
             policy.admit(request_id, now_s)

@@ -26,7 +26,7 @@ Share = Field(1.0, gt=0, le=1)
 
 
 class PolicySettings(BaseModel):
-    """scheduling, eviction: names as in the product's configuration. max_adapter_share: of the pool, for adapters.
+    """Options of the engine's ``PagedSettings`` by the same names, and two of the simulator's own.
 
     adapter_slots: adapters lie outside the pool, so many of them at a time; None: in it.
     predictor_accuracy: share of right length classes told by an oracle; None: the product's online predictor.
@@ -34,28 +34,28 @@ class PolicySettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    scheduling: str = "chameleon"
-    eviction: str = "chameleon"
+    scheduler: str = "chameleon"
+    adapter_policy: str = "chameleon"
     prefetch: bool = True
-    max_adapter_share: float = Share
+    adapter_memory_share: float = Share
     adapter_slots: Count | None = None
-    size_form: Literal["product", "sum"] = "product"
+    request_size: Literal["product", "sum"] = "product"
     k_rule: Literal["elbow", "min_wcss"] = "elbow"
-    max_queues: Count = 4
-    refresh_s: Positive = 300.0
-    slo_s: Positive | None = None
+    scheduler_max_queues: Count = 4
+    scheduler_refresh_s: Positive = 300.0
+    scheduler_slo_s: Positive | None = None
     predictor_accuracy: float | None = Field(None, ge=0, le=1)
 
-    @field_validator("scheduling")
+    @field_validator("scheduler")
     @classmethod
-    def _known_discipline(cls, name: str) -> str:
+    def _known_scheduler(cls, name: str) -> str:
         if name not in DISCIPLINES:
             raise ValueError(f"{name!r} is not one of {', '.join(DISCIPLINES)}")
         return name
 
-    @field_validator("eviction")
+    @field_validator("adapter_policy")
     @classmethod
-    def _known_eviction(cls, name: str) -> str:
+    def _known_policy(cls, name: str) -> str:
         if name not in POLICIES:
             raise ValueError(f"{name!r} is not one of {', '.join(POLICIES)}")
         return name
@@ -172,21 +172,21 @@ def replica_config(costs: CostModel, policy: PolicySettings) -> ReplicaConfig:
     """The product's policy objects' configuration for a replica of that kind."""
     memory, shares_kv = costs.memory, policy.adapter_slots is None
     cache = CacheConfig(
-        max_blocks=policy.adapter_slots or max(1, int(memory.pool_blocks * policy.max_adapter_share)),
-        host_bytes=memory.host_bytes,
-        policy=policy.eviction,
+        max_blocks=policy.adapter_slots or max(1, int(memory.pool_blocks * policy.adapter_memory_share)),
+        adapter_host_bytes=memory.adapter_host_bytes,
+        adapter_policy=policy.adapter_policy,
         prefetch=policy.prefetch,
     )
     queues = QueueOptions(
         total_tokens=costs.pool_tokens,
-        sizing=SizingOptions(memory.kv_bytes_per_token if shares_kv else None, form=policy.size_form),
-        max_running=costs.limits.max_running,
-        max_queues=policy.max_queues,
+        sizing=SizingOptions(memory.kv_bytes_per_token if shares_kv else None, request_size=policy.request_size),
+        max_num_seqs=costs.limits.max_num_seqs,
+        scheduler_max_queues=policy.scheduler_max_queues,
         k_rule=policy.k_rule,
-        slo_s=policy.slo_s,
-        refresh_s=policy.refresh_s,
+        scheduler_slo_s=policy.scheduler_slo_s,
+        scheduler_refresh_s=policy.scheduler_refresh_s,
     )
-    return ReplicaConfig(cache, queues, policy.scheduling, memory.block_tokens, shares_kv)
+    return ReplicaConfig(cache, queues, policy.scheduler, memory.block_tokens, shares_kv)
 
 
 def make_predictor(policy: PolicySettings, max_model_len: int, seed: int) -> LengthPredictor:

@@ -51,11 +51,11 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class Regime:
-    """What binds. pool_blocks, max_running: instead of the cost model's; None: its own."""
+    """What binds. pool_blocks, max_num_seqs: instead of the cost model's; None: its own."""
 
     engine: EngineSettings = _VLLM
     pool_blocks: int | None = None
-    max_running: int | None = None
+    max_num_seqs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +76,14 @@ REGIMES = {
         "vllm-tight": Regime(pool_blocks=375),
         "slora": Regime(_SLORA),
         "slora-tight": Regime(_SLORA, pool_blocks=375),
-        "seats": Regime(max_running=16),
+        "seats": Regime(max_num_seqs=16),
     },
     "cpu-demo": {
         "vllm": Regime(),
         "vllm-tight": Regime(pool_blocks=64),
         "slora": Regime(_SLORA),
         "slora-tight": Regime(_SLORA, pool_blocks=64),
-        "seats": Regime(max_running=16),
+        "seats": Regime(max_num_seqs=16),
     },
 }
 """Tight: S-LoRA's default of 6,000 tokens on the A40, 32 MiB of the demo's; adapters lie in the pool, too."""
@@ -253,7 +253,7 @@ def _simulated(cell: str, requests_per_s: float, seed: int, scheduler: str) -> R
     costs = load_cost_model(traffic.cost_model)
     content = costs.model_dump()
     content["memory"]["pool_blocks"] = regime.pool_blocks or costs.memory.pool_blocks
-    content["limits"]["max_running"] = regime.max_running or costs.limits.max_running
+    content["limits"]["max_num_seqs"] = regime.max_num_seqs or costs.limits.max_num_seqs
     scenario = Scenario(
         cost_model=traffic.cost_model,
         workload=WorkloadConfig(
@@ -262,7 +262,7 @@ def _simulated(cell: str, requests_per_s: float, seed: int, scheduler: str) -> R
             warmup_s=traffic.warmup_s,
             length_scale=traffic.length_scale,
         ),
-        policy=PolicySettings(scheduling=scheduler, predictor_accuracy=_ACCURACY),
+        policy=PolicySettings(scheduler=scheduler, predictor_accuracy=_ACCURACY),
         engine=regime.engine,
         seed=seed,
     )

@@ -29,11 +29,11 @@ SLO_S = 5.0
 LOADS = {"low": 6.0, "medium": 8.0, "high": 9.0}
 RANKS = (8, 16, 32, 64, 128)
 SYSTEMS: dict[str, dict[str, object]] = {
-    "S-LoRA": {"scheduling": "fifo", "eviction": "discard", "prefetch": False},
-    "SJF": {"scheduling": "sjf", "eviction": "discard", "prefetch": False},
-    "cache only": {"scheduling": "fifo"},
-    "scheduler only": {"scheduling": "paper", "eviction": "discard", "prefetch": False},
-    "Chameleon": {"scheduling": "paper"},
+    "S-LoRA": {"scheduler": "fifo", "adapter_policy": "discard", "prefetch": False},
+    "SJF": {"scheduler": "sjf", "adapter_policy": "discard", "prefetch": False},
+    "cache only": {"scheduler": "fifo"},
+    "scheduler only": {"scheduler": "paper", "adapter_policy": "discard", "prefetch": False},
+    "Chameleon": {"scheduler": "paper"},
 }
 _CURVE_RATES = (4.0, 5.0, 6.0, 7.0, 8.0, 8.5, 9.0, 10.0)
 _ADAPTER_COUNTS = (10, 50, 100, 150, 200)
@@ -240,7 +240,7 @@ def measure(experiment: Experiment, effort: Effort) -> Figures:
 def _scenario(experiment: Experiment, effort: Effort, seed: int) -> Scenario:
     setting = SETTINGS[effort.setting]
     own = {**SYSTEMS[experiment.system], **setting.policies.get(experiment.system, {}), **dict(experiment.variant)}
-    content = {"predictor_accuracy": 0.8, "slo_s": SLO_S, **own}
+    content = {"predictor_accuracy": 0.8, "scheduler_slo_s": SLO_S, **own}
     policy = PolicySettings.model_validate(content)
     return Scenario(
         workload=WorkloadConfig(
@@ -280,7 +280,7 @@ def _costs(experiment: Experiment, effort: Effort) -> CostModel:
     content["step"] = {name: value / gpus for name, value in content["step"].items()}
     content["memory"]["pool_blocks"] *= gpus
     content["links"]["host_bytes_s"] *= gpus / setting.copies
-    content["limits"]["max_running"] *= gpus
+    content["limits"]["max_num_seqs"] *= gpus
     return CostModel.model_validate(content)
 
 
@@ -332,11 +332,11 @@ def _experiments() -> Iterable[Experiment]:
     for system in SYSTEMS:
         for rate in (*_CURVE_RATES, *LOADS.values()):
             yield Experiment(system, rate)
-    for eviction in ("lru", "fairshare", "gdsf"):
-        yield Experiment("cache only", medium, _variant(eviction=eviction))
+    for policy in ("lru", "fairshare", "gdsf"):
+        yield Experiment("cache only", medium, _variant(adapter_policy=policy))
     for rate in (medium, high):
-        yield Experiment("Chameleon", rate, _variant(scheduling="static"))
-        yield Experiment("Chameleon", rate, _variant(size_form="sum"))
+        yield Experiment("Chameleon", rate, _variant(scheduler="static"))
+        yield Experiment("Chameleon", rate, _variant(request_size="sum"))
         yield Experiment("Chameleon", rate, _variant(k_rule="min_wcss"))
     for accuracy in (0.6, 0.8, 1.0):
         for bursts in (False, True):
@@ -416,9 +416,9 @@ def _cache_rows(found: dict[Experiment, Figures]) -> Iterable[Row]:
     """Eviction, hits, loads and prefetches, all at medium load."""
     medium = LOADS["medium"]
     slora, chameleon = (found[Experiment(system, medium)] for system in ("S-LoRA", "Chameleon"))
-    for eviction, paper in (("lru", -18.0), ("fairshare", -22.0), ("chameleon", -26.0)):
-        variant = _variant(eviction=eviction) if eviction != "chameleon" else ()
-        name = f"P99 TTFT vs S-LoRA, medium load, cache only, {eviction}"
+    for policy, paper in (("lru", -18.0), ("fairshare", -22.0), ("chameleon", -26.0)):
+        variant = _variant(adapter_policy=policy) if policy != "chameleon" else ()
+        name = f"P99 TTFT vs S-LoRA, medium load, cache only, {policy}"
         yield _changed_row(name, paper, found[Experiment("cache only", medium, variant)], slora)
     yield Row("hit rate, Chameleon, medium load", 75.0, 100 * chameleon.hit_rate, better="higher")
     stalls = "P99 of the time that loads stop the engine, medium load"
@@ -431,8 +431,8 @@ def _scheduler_rows(found: dict[Experiment, Figures]) -> Iterable[Row]:
     medium, high = LOADS["medium"], LOADS["high"]
     chameleon = found[Experiment("Chameleon", high)]
     for name, variant in (
-        ("P99 TTFT of static queues vs dynamic, high load", _variant(scheduling="static")),
-        ("P99 TTFT of summed WRS vs product, high load", _variant(size_form="sum")),
+        ("P99 TTFT of static queues vs dynamic, high load", _variant(scheduler="static")),
+        ("P99 TTFT of summed WRS vs product, high load", _variant(request_size="sum")),
     ):
         yield _changed_row(name, 10.0, found[Experiment("Chameleon", high, variant)], chameleon, better="higher")
     exact, *worse = (
@@ -469,8 +469,8 @@ def _tables(found: dict[Experiment, Figures], highest: dict[_Search, float]) -> 
         for system in SYSTEMS
     }
     evictions = {"S-LoRA": found[Experiment("S-LoRA", medium)], "chameleon": found[Experiment("cache only", medium)]}
-    for eviction in ("lru", "fairshare", "gdsf"):
-        evictions[eviction] = found[Experiment("cache only", medium, _variant(eviction=eviction))]
+    for policy in ("lru", "fairshare", "gdsf"):
+        evictions[policy] = found[Experiment("cache only", medium, _variant(adapter_policy=policy))]
     return {
         "TTFT P50, P99 in s by requests/s": dict(curves),
         "highest requests/s under the SLO": {f"{s.system}, {s.cost_model}": rate for s, rate in highest.items()},
@@ -509,8 +509,8 @@ def _tables(found: dict[Experiment, Figures], highest: dict[_Search, float]) -> 
 
 _QUEUES = {
     "dynamic": _variant(),
-    "static": _variant(scheduling="static"),
-    "summed WRS": _variant(size_form="sum"),
+    "static": _variant(scheduler="static"),
+    "summed WRS": _variant(request_size="sum"),
     "least WCSS": _variant(k_rule="min_wcss"),
 }
 _POPULARITIES: tuple[Literal["uniform", "power_law"], ...] = ("uniform", "power_law")

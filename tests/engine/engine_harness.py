@@ -22,7 +22,9 @@ from chameleon_ray.engine.paged.options import PagedSettings, paged_arguments
 
 DEADLINE_S = 120.0
 MIB = 1 << 20
-SETTINGS = PagedSettings(memory_share=0.5, host_bytes=48 * MIB, max_rank=256, retry_after_s=0.2, readers=2)
+SETTINGS = PagedSettings(
+    adapter_memory_share=0.5, adapter_host_bytes=48 * MIB, max_rank=256, retry_after_s=0.2, readers=2
+)
 """Small on purpose: neither the share of the 128 blocks nor the host memory holds the demo's 24 adapters (78 MB)."""
 
 

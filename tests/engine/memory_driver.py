@@ -75,7 +75,9 @@ class MemoryDriver:
         self.host._copier._thread = self._copies = _Deferred()  # type: ignore[attr-defined]
         self.pool = BlockPool(NUM_BLOCKS, enable_caching=False, hash_block_size=16)
         storage = PagedStorage(layout, self.pool)
-        settings = PagedSettings(memory_share=0.3, host_bytes=48_000, max_rank=MAX_RANK, retry_after_s=RETRY_S)
+        settings = PagedSettings(
+            adapter_memory_share=0.3, adapter_host_bytes=48_000, max_rank=MAX_RANK, retry_after_s=RETRY_S
+        )
         self.memory = AdapterMemory(storage, 1, self.pool, settings, EngineLimits(16, 4, 512), clock)
         self.memory._inspector = self._headers = _Deferred()  # type: ignore[assignment]
         self.requests: dict[str, Request] = {}

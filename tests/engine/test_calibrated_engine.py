@@ -32,7 +32,12 @@ def test_a_live_engine_is_measured_and_its_model_simulates_the_same_workload(
     assert measured.memory["pool_blocks"] * measured.memory["block_tokens"] * measured.memory["kv_bytes_per_token"] < (
         64 << 20
     )
-    assert measured.limits == {"max_running": 32, "max_step_tokens": 1024, "max_model_len": 512, "watermark_share": 0.0}
+    assert measured.limits == {
+        "max_num_seqs": 32,
+        "max_num_batched_tokens": 1024,
+        "max_model_len": 512,
+        "watermark_share": 0.0,
+    }
 
     assert {point.count > 1 for point in measured.steps} == {True, False}  # those of the rehearsal are single
     repeated = [point for point in measured.steps if point.count > 1]

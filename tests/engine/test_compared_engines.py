@@ -28,8 +28,8 @@ ROOT = Path(__file__).parents[2]
 def test_two_schedulers_are_compared_on_real_engines(demo: DemoPaths, tmp_path: Path) -> None:
     """A whole run: servers, learning, three loads, the engines' own queueing delays, the policies' states, the end."""
     file = tmp_path / "figures.json"
-    options = {"schedulers": "chameleon,fifo", "demo": demo.model.parent, "adapters": 10, "context-window": 256}
-    options |= {"rates": "6,8,10", "num-windows": 1, "window-s": 4, "learn-s": 6, "kv-mib": 32, "json": file}
+    options = {"schedulers": "chameleon,fifo", "demo": demo.model.parent, "adapters": 10, "max-model-len": 256}
+    options |= {"rates": "6,8,10", "num-windows": 1, "window-s": 4, "learn-s": 6, "kv-cache-gib": 0.03125, "json": file}
     command = [sys.executable, "-m", "benchmarks.schedulers"]
     command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
@@ -60,7 +60,7 @@ def test_vllms_metrics_show_the_policy() -> None:
 
     def report(squashes: int, *queues: tuple[float, int]) -> dict[str, Any]:
         """``AdapterStats.data`` with queues of (largest size, quota)."""
-        cache = asdict(AdapterCache(CacheConfig(max_blocks=4, host_bytes=4000)).stats())
+        cache = asdict(AdapterCache(CacheConfig(max_blocks=4, adapter_host_bytes=4000)).stats())
         states = [QueueState(size, 0, 0, 0, 7, quota, 0) for size, quota in queues]
         state = QueuesState(tuple(states), 0, 1.0, 20, 20, num_squashes=squashes, num_refreshes=20, num_holds=0)
         return {

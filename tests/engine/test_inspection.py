@@ -103,8 +103,8 @@ def test_what_is_refused_leaves_nothing_behind(
 
 
 def test_a_share_of_all_blocks_leaves_one_for_the_request() -> None:
-    assert PagedSettings(memory_share=1.0).cache_config(10).max_blocks == 8  # and one is vLLM's null block
-    assert PagedSettings(memory_share=0.5).cache_config(10).max_blocks == 5
+    assert PagedSettings(adapter_memory_share=1.0).cache_config(10).max_blocks == 8  # and one is vLLM's null block
+    assert PagedSettings(adapter_memory_share=0.5).cache_config(10).max_blocks == 5
 
 
 def test_a_read_that_fails_because_of_the_moment_may_be_tried_again(

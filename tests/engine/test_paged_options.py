@@ -78,8 +78,8 @@ def test_configuration_chooses_between_pages_and_slots(demo: DemoPaths) -> None:
     slots = arguments(adapter_memory="slots", max_loras=3, adapter_host_gib=2.0)
     assert (slots.max_loras, slots.max_cpu_loras, slots.max_lora_rank) == (3, 3, 128)
     assert slots.scheduler_cls == "chameleon_ray.engine.slots.scheduler.SlotsScheduler"
-    assert PagedSettings(**slots.additional_config["chameleon"]).host_bytes == 2 << 30
+    assert PagedSettings(**slots.additional_config["chameleon"]).adapter_host_bytes == 2 << 30
     paged = arguments(adapter_memory="paged", adapter_memory_share=0.25, adapter_host_gib=2.0)
     assert paged.scheduler_cls == "chameleon_ray.engine.paged.scheduler.ChameleonScheduler"
     settings = PagedSettings(**paged.additional_config["chameleon"])
-    assert (settings.memory_share, settings.host_bytes, settings.max_rank) == (0.25, 2 << 30, 128)
+    assert (settings.adapter_memory_share, settings.adapter_host_bytes, settings.max_rank) == (0.25, 2 << 30, 128)

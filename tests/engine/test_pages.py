@@ -170,13 +170,13 @@ def test_files_read_into_pages_compute_what_the_checkpoint_says(
 
 
 def test_settings_reach_vllm_and_unknown_ones_are_named() -> None:
-    given = paged_arguments(PagedSettings(memory_share=0.25))["additional_config"]
+    given = paged_arguments(PagedSettings(adapter_memory_share=0.25))["additional_config"]
     settings = PagedSettings.of(SimpleNamespace(additional_config=given))
     assert settings.cache_config(1000).max_blocks == 250
     with pytest.raises(ValueError, match="memory_shar'"):
         PagedSettings.of(SimpleNamespace(additional_config={"chameleon": {"memory_shar": 0.5}}))
-    with pytest.raises(ValueError, match="memory_share"):
-        PagedSettings(memory_share=0)
+    with pytest.raises(ValueError, match="adapter_memory_share"):
+        PagedSettings(adapter_memory_share=0)
 
 
 def test_folder_missing(tmp_path: Path) -> None:

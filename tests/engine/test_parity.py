@@ -21,11 +21,11 @@ COSTS = CostModel.model_validate(
             "block_tokens": 32,
             "kv_bytes_per_token": 1000,
             "pool_blocks": 90,
-            "host_bytes": 2_500_000,
+            "adapter_host_bytes": 2_500_000,
             "adapter_bytes_per_rank": 4000,
         },
         "links": {"host_bytes_s": 4e6, "disk_bytes_s": 2e6, "source_bytes_s": 1e6, "overhead_s": 0.01},
-        "limits": {"max_running": 12, "max_step_tokens": 192, "max_model_len": 700, "watermark_share": 0.0},
+        "limits": {"max_num_seqs": 12, "max_num_batched_tokens": 192, "max_model_len": 700, "watermark_share": 0.0},
     }
 )
 NUM_REQUESTS = 260
@@ -64,7 +64,11 @@ def test_one_record_of_events_leads_to_the_same_decisions(
     todo = requests(rng, known)
     aborts = {one.request_id: one.arrival_s + rng.expovariate(0.3) for one in rng.sample(todo, 25)}
     settings = PagedSettings(
-        memory_share=0.7, host_bytes=COSTS.memory.host_bytes, scheduler=scheduler, refresh_s=40.0, prefetch=True
+        adapter_memory_share=0.7,
+        adapter_host_bytes=COSTS.memory.adapter_host_bytes,
+        scheduler=scheduler,
+        scheduler_refresh_s=40.0,
+        prefetch=True,
     )
     real = RealScheduler(str(demo.model), costs, settings, known, todo, num_slots)
     simulated, replica = simulate(costs, real.memory.policy.config, known, todo, aborts)

@@ -28,7 +28,7 @@ def record(name: str, digest: str = "d0", **fields: object) -> AdapterRecord:
 
 
 def report(replica_id: str, tiers: dict[str, Tier] | None = None, num_running: int = 0, **fields) -> ReplicaReport:
-    load = ReplicaLoad(num_running=num_running, max_running=8)
+    load = ReplicaLoad(num_running=num_running, max_num_seqs=8)
     return ReplicaReport(replica_id, "node-1", load, tiers or {}, **fields)
 
 
@@ -84,7 +84,7 @@ async def test_reports_become_a_view(config, follow, make_publisher):
     assert view.tier("r2", "a") is Tier.DISK
     assert view.tier("r2", "b") is Tier.ABSENT
     assert view.tier("r9", "nobody has it") is Tier.ABSENT
-    assert view.replicas["r1"].load == ReplicaLoad(num_running=3, max_running=8)
+    assert view.replicas["r1"].load == ReplicaLoad(num_running=3, max_num_seqs=8)
     assert view.replicas["r2"].failed == {"c": "rank 512 is over the bound"}
     assert (view.replicas["r2"].catalog_version, view.replicas["r2"].node_id) == (7, "node-1")
     assert 0 <= time.monotonic() - view.replicas["r2"].received_at_s < 5

@@ -11,9 +11,11 @@ BYTES_PER_BLOCK = 1000
 class Driver:
     """Owns a pool of ``pool_blocks`` and carries plans out; every plan is followed by the cache's own check."""
 
-    def __init__(self, pool_blocks: int, *, max_blocks: int | None = None, host_bytes: int = 10**9, **config) -> None:
+    def __init__(
+        self, pool_blocks: int, *, max_blocks: int | None = None, adapter_host_bytes: int = 10**9, **config
+    ) -> None:
         max_blocks = pool_blocks if max_blocks is None else max_blocks
-        self.cache = AdapterCache(CacheConfig(max_blocks=max_blocks, host_bytes=host_bytes, **config))
+        self.cache = AdapterCache(CacheConfig(max_blocks=max_blocks, adapter_host_bytes=adapter_host_bytes, **config))
         self.pool_blocks = pool_blocks
         self.kv_blocks = 0
         self.num_blocks: dict[str, int] = {}

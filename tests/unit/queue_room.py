@@ -32,9 +32,9 @@ class Room:
         return next((n for n in range(len(leaving) + 1) if self.needed_ends <= set(leaving[:n])), None)
 
 
-def queues(discipline="static", room=None, total_tokens=1200, **options):
+def queues(scheduler="static", room=None, total_tokens=1200, **options):
     options.setdefault("sizing", SIZING)
-    return RequestQueues(discipline, QueueOptions(total_tokens, **options), room or Room())
+    return RequestQueues(scheduler, QueueOptions(total_tokens, **options), room or Room())
 
 
 def step(under_test, now_s=0.0, max_admitted=None, obstacles=None):

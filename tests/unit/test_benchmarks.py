@@ -49,7 +49,7 @@ def options_of(words: list[str]) -> dict[str, str]:
 
 def test_engines_differ_in_adapters_and_scheduler_alone() -> None:
     stock = options_of(command(Engine("stock", None), MACHINE, 1))
-    ours = options_of(command(Engine("ours", PagedSettings(scheduler="sjf", policy="lru")), MACHINE, 1))
+    ours = options_of(command(Engine("ours", PagedSettings(scheduler="sjf", adapter_policy="lru")), MACHINE, 1))
     assert stock["--max-loras"] == "2"  # no more slots than adapters
     assert json.loads(ours["--additional-config"])["chameleon"]["scheduler"] == "sjf"
     assert "--max-loras" not in ours and "--scheduler-cls" not in stock
@@ -148,20 +148,22 @@ def parsed(add: Any, *words: str) -> argparse.Namespace:
 
 
 def test_the_setting_is_the_same_for_every_engine(demo: "DemoPaths") -> None:
-    arguments = parsed(schedulers.add_arguments, "--demo", str(demo.model.parent), "--adapters", "10", "--kv-mib", "32")
+    arguments = parsed(
+        schedulers.add_arguments, "--demo", str(demo.model.parent), "--adapters", "10", "--kv-cache-gib", "0.03125"
+    )
     with ExitStack() as stack:
         setting = make_setting(arguments, stack)
         folders = [adapter.path for adapter in setting.adapters.values()]
         assert all(folder.is_dir() for folder in folders)
-        assert setting.machine.kv_bytes == 32 * MIB
+        assert setting.machine.kv_cache_bytes == 32 * MIB
         assert (setting.lengths.num_prompt_tokens + setting.lengths.num_output_tokens).max() <= 2048
         made = schedulers.engines(setting, ("chameleon", "fifo"))
         assert [engine.settings.scheduler for engine in made] == ["chameleon", "fifo"]
-        assert {engine.settings.policy for engine in made} == {"chameleon"}
+        assert {engine.settings.adapter_policy for engine in made} == {"chameleon"}
         stock, plain, ours = capacity.engines(setting, capacity.ENGINES)
         assert stock.settings is None
-        assert (plain.settings.scheduler, plain.settings.policy) == ("fifo", "lru")
-        assert (ours.settings.scheduler, ours.settings.policy) == ("chameleon", "chameleon")
+        assert (plain.settings.scheduler, plain.settings.adapter_policy) == ("fifo", "lru")
+        assert (ours.settings.scheduler, ours.settings.adapter_policy) == ("chameleon", "chameleon")
     assert not any(folder.exists() for folder in folders)
 
 

@@ -207,7 +207,7 @@ def test_fetches_are_bounded_and_the_needed_come_first() -> None:
 
 
 def test_host_copies_leave_by_score_and_awaited_ones_for_needed_adapters_only() -> None:
-    driver = Driver(2, host_bytes=4 * BYTES_PER_BLOCK, policy="lru", prefetch=False)
+    driver = Driver(2, adapter_host_bytes=4 * BYTES_PER_BLOCK, adapter_policy="lru", prefetch=False)
     driver.add(a=1, b=1, c=2, x=2, y=2)
     driver.host_copies("b", 1.0)
     driver.host_copies("a", 2.0)
@@ -226,7 +226,7 @@ def test_host_copies_leave_by_score_and_awaited_ones_for_needed_adapters_only() 
 
 
 def test_resident_adapter_survives_the_loss_of_its_host_copy() -> None:
-    driver = Driver(8, host_bytes=2 * BYTES_PER_BLOCK)
+    driver = Driver(8, adapter_host_bytes=2 * BYTES_PER_BLOCK)
     driver.add(a=2, b=2)
     driver.make_resident("a", 0.0)
     assert driver.step("b", 1.0).drop == ("a",)
@@ -320,7 +320,7 @@ def test_a_preempted_request_keeps_its_age() -> None:
 
 
 def test_illegal_calls_raise_and_change_nothing() -> None:
-    driver = Driver(8, max_blocks=6, host_bytes=6 * BYTES_PER_BLOCK)
+    driver = Driver(8, max_blocks=6, adapter_host_bytes=6 * BYTES_PER_BLOCK)
     driver.add(a=2, b=2)
     driver.make_resident("a", 0.0)
     cache = driver.cache
@@ -383,7 +383,7 @@ def test_check_reports_a_driver_that_disagrees() -> None:
 
 
 def test_eviction_cost_is_the_load_time_times_the_chance_of_another_use() -> None:
-    driver = Driver(6, policy="lru")
+    driver = Driver(6, adapter_policy="lru")
     assert driver.cache.eviction_cost_s(0, 0.0, lambda size_bytes: 1.0) == 0.0
     driver.add(a=2, b=2)
     driver.make_resident("a b", 0.0)
@@ -408,7 +408,7 @@ def test_eviction_cost_is_the_load_time_times_the_chance_of_another_use() -> Non
 
 def test_ten_thousand_aborts_leave_nothing_behind() -> None:
     rng = Random(11)
-    driver = Driver(20, host_bytes=30 * BYTES_PER_BLOCK)
+    driver = Driver(20, adapter_host_bytes=30 * BYTES_PER_BLOCK)
     names = [f"a{number}" for number in range(12)]
     driver.add(**{name: rng.choice([1, 2, 4, 8]) for name in names})
     live: list[str] = []
@@ -437,7 +437,7 @@ def test_ten_thousand_aborts_leave_nothing_behind() -> None:
 def serve(policy: str) -> tuple[float, int]:
     """First come first served, four requests at a time, over more adapters than fit: (hit rate, steps taken)."""
     rng = Random(5)
-    driver = Driver(24, policy=policy)
+    driver = Driver(24, adapter_policy=policy)
     names = [f"a{number:02}" for number in range(24)]
     driver.add(**{name: (1, 2, 4, 8)[number % 4] for number, name in enumerate(names)})
     driver.host_copies(" ".join(names), 0.0)
@@ -473,7 +473,7 @@ def test_every_policy_serves_every_request_and_caching_pays() -> None:
 
 def test_a_plan_costs_little_with_200_residents_and_1000_queued_requests() -> None:
     rng = Random(1)
-    cache = AdapterCache(CacheConfig(max_blocks=1000, host_bytes=10**9))
+    cache = AdapterCache(CacheConfig(max_blocks=1000, adapter_host_bytes=10**9))
     digests = [f"{number:064x}" for number in range(400)]
     for digest in digests:
         cache.add(Adapter(digest, 8, 5000), 5)

@@ -12,7 +12,7 @@ from chameleon_ray.policy.eviction import POLICIES, UseHistory, Weights
 
 def loaded(policy: str, **config: object) -> Driver:
     """a: small, used 4 times, long ago. b: large, used once, lately. c: middle, used twice, in between."""
-    driver = Driver(12, policy=policy, **config)
+    driver = Driver(12, adapter_policy=policy, **config)
     driver.add(a=2, b=6, c=4, x=4)
     driver.host_copies("x", 0.0)
     driver.make_resident("a b c", 0.0)
@@ -43,7 +43,7 @@ def test_chameleon_weights_are_configurable() -> None:
 
 
 def test_an_adapter_is_in_use_until_its_request_ends() -> None:
-    driver = Driver(4, policy="lru")
+    driver = Driver(4, adapter_policy="lru")
     driver.add(long=2, short=2)
     driver.make_resident("long short", 0.0)
     driver.cache.enqueue("r", "long", 1.0)
@@ -61,7 +61,7 @@ def test_uses_outside_the_window_do_not_count() -> None:
 
 
 def test_equal_scores_go_by_digest() -> None:
-    driver = Driver(9, policy="chameleon")
+    driver = Driver(9, adapter_policy="chameleon")
     driver.add(q=3, p=3, r=3)
     driver.make_resident("q r p", 0.0)
     assert victims(driver.cache.reclaim(9, 1.0)) == ["p", "q", "r"]
@@ -77,7 +77,7 @@ def test_single_candidate_scores_zero_on_every_term() -> None:
 
 
 def test_gdsf_clock_lets_old_popularity_fade() -> None:
-    driver = Driver(8, policy="gdsf")
+    driver = Driver(8, adapter_policy="gdsf")
     driver.add(old=4, b=4, c=4, d=4)
     driver.host_copies("b c d", 0.0)
     driver.make_resident("old", 0.0)
@@ -97,7 +97,7 @@ def test_gdsf_clock_lets_old_popularity_fade() -> None:
 
 
 def test_gdsf_uses_start_again_after_eviction() -> None:
-    driver = Driver(4, policy="gdsf")
+    driver = Driver(4, adapter_policy="gdsf")
     driver.add(a=2, b=2, c=2)
     driver.host_copies("c", 0.0)
     driver.make_resident("a b", 0.0)
@@ -112,7 +112,7 @@ def test_gdsf_uses_start_again_after_eviction() -> None:
 
 
 def test_discard_evicts_what_no_request_wants() -> None:
-    driver = Driver(12, policy="discard")
+    driver = Driver(12, adapter_policy="discard")
     driver.add(a=2, b=2, c=2, d=2)
     driver.host_copies("a b c d", 0.0)
     driver.step("a b c d", 0.0)
@@ -129,16 +129,22 @@ def test_discard_evicts_what_no_request_wants() -> None:
 
 def test_unknown_policy_names_the_known_ones() -> None:
     with pytest.raises(ValueError, match="chameleon, fairshare, lru, gdsf, discard"):
-        CacheConfig(max_blocks=1, host_bytes=1, policy="fifo")
+        CacheConfig(max_blocks=1, adapter_host_bytes=1, adapter_policy="fifo")
 
 
 @pytest.mark.parametrize(
     "bad",
-    [{"max_blocks": 0}, {"host_bytes": 0}, {"max_fetches": 0}, {"frequency_window_s": 0.0}, {"retry_after_s": -1.0}],
+    [
+        {"max_blocks": 0},
+        {"adapter_host_bytes": 0},
+        {"max_fetches": 0},
+        {"frequency_window_s": 0.0},
+        {"retry_after_s": -1.0},
+    ],
 )
 def test_bad_configuration_names_the_key(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
-        CacheConfig(**{"max_blocks": 1, "host_bytes": 1, **bad})
+        CacheConfig(**{"max_blocks": 1, "adapter_host_bytes": 1, **bad})
 
 
 def test_frequency_is_that_of_the_timestamps_within_the_window() -> None:

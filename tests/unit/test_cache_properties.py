@@ -83,8 +83,8 @@ class CacheMachine(RuleBasedStateMachine):
     def start(self, policy: str) -> None:
         self.config = {
             "max_blocks": MAX_BLOCKS,
-            "host_bytes": HOST_BYTES,
-            "policy": policy,
+            "adapter_host_bytes": HOST_BYTES,
+            "adapter_policy": policy,
             "frequency_window_s": WINDOW_S,
             "retry_after_s": 2.0,
             "max_fetches": 2,

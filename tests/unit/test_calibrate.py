@@ -104,16 +104,16 @@ def measured():
             "block_tokens": 16,
             "kv_bytes_per_token": 4096,
             "pool_blocks": 1000,
-            "host_bytes": 10**9,
+            "adapter_host_bytes": 10**9,
             "adapter_bytes_per_rank": 65536,
         },
-        limits={"max_running": 8, "max_step_tokens": 512, "max_model_len": 512, "watermark_share": 0.0},
+        limits={"max_num_seqs": 8, "max_num_batched_tokens": 512, "max_model_len": 512, "watermark_share": 0.0},
         steps=points(ADDITIVE),
         loads=[(500_000, 0.001 + 500_000 / 1e9), (8_000_000, 0.001 + 8_000_000 / 1e9)],
         fetches=[(500_000, 0.01 + 500_000 / 5e8), (8_000_000, 0.01 + 8_000_000 / 5e8)],
         adapters=[(8, 524_288)],
         served=served,
-        policy={"scheduling": "chameleon", "max_adapter_share": 0.5},
+        policy={"scheduler": "chameleon", "adapter_memory_share": 0.5},
     )
 
 
@@ -172,14 +172,14 @@ def test_a_model_without_calibration_has_nothing_to_say():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--threads", "0"], "--threads is 0"),
-        (["--kv-gib", "-1"], "--kv-gib is -1"),
+        (["--cpu-threads", "0"], "--cpu-threads is 0"),
+        (["--kv-cache-gib", "-1"], "--kv-cache-gib is -1"),
         (["--repeats", "1"], "--repeats must be 2"),
         (["--requests", "-5"], "--requests is negative"),
         (["--out", "nowhere/model.json"], "no folder nowhere"),
         (["--model", "somewhere"], "give --model and --adapters"),
         (["--model", "somewhere", "--adapters", "nowhere"], "no folder of adapters at nowhere"),
-        (["--clock", "cpu", "--threads", "2"], "--clock cpu needs --threads 1"),
+        (["--clock", "cpu", "--cpu-threads", "2"], "--clock cpu needs --cpu-threads 1"),
     ],
 )
 def test_options_that_cannot_work_are_told_before_anything_starts(options, message, monkeypatch, capsys, tmp_path):

@@ -131,7 +131,7 @@ def test_the_command_refuses_with_a_reason(tmp_path: Path, capsys: pytest.Captur
     path.write_text(json.dumps(MODELS["Llama-3.1-8B"] | {"num_experts": 8}))
     assert main(["fit", str(path)]) == 3
     assert "experts" in capsys.readouterr().out
-    for arguments in ([str(tmp_path / "nowhere")], [str(path), "--tp", "0"]):
+    for arguments in ([str(tmp_path / "nowhere")], [str(path), "--tensor-parallel-size", "0"]):
         assert main(["fit", *arguments]) == 1
         assert capsys.readouterr().err.startswith("error: ")
 

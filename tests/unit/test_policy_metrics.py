@@ -89,11 +89,11 @@ def series(monkeypatch: pytest.MonkeyPatch) -> Series:
 class Engine:
     """A real cache and real queues behind what the publisher asks an ``EngineServer``."""
 
-    def __init__(self, discipline: str = "static") -> None:
+    def __init__(self, scheduler: str = "static") -> None:
         self.tiers: dict[str, Tier] = {}
         self.predicted: dict[str, int] = {}
-        self.cache = AdapterCache(CacheConfig(max_blocks=4, host_bytes=4000))
-        self.queues = queues(discipline, max_running=8)
+        self.cache = AdapterCache(CacheConfig(max_blocks=4, adapter_host_bytes=4000))
+        self.queues = queues(scheduler, max_num_seqs=8)
         self.accuracy = PredictionAccuracy()
         self.events = PolicyEvents()
         self.num_inspection_failures = 0
@@ -116,7 +116,7 @@ class Engine:
             "predictions": asdict(self.accuracy.snapshot()),
             "waiting": dict.fromkeys(WAITING_FOR, 0) | {"turn": self.queues.num_waiting},
             "oldest_waiting_s": 2.5,
-            "limits": asdict(MemoryLimits(block_bytes=500, max_blocks=4, num_blocks=8, host_bytes=4000)),
+            "limits": asdict(MemoryLimits(block_bytes=500, max_blocks=4, num_blocks=8, adapter_host_bytes=4000)),
             "num_inspection_failures": self.num_inspection_failures,
         }
         return PolicyReport.of(data), 0.0

@@ -25,9 +25,9 @@ class Engine:
     def __init__(
         self,
         pool_blocks,
-        discipline="chameleon",
-        max_running=None,
-        host_bytes=10**9,
+        scheduler="chameleon",
+        max_num_seqs=None,
+        adapter_host_bytes=10**9,
         total_tokens=None,
         slots=None,
         **cache,
@@ -35,9 +35,11 @@ class Engine:
         total_tokens = total_tokens or pool_blocks * BLOCK_TOKENS
         self.slots = slots
         config = ReplicaConfig(
-            CacheConfig(max_blocks=cache.pop("max_blocks", slots or pool_blocks), host_bytes=host_bytes, **cache),
-            QueueOptions(total_tokens, SizingOptions(kv_token_bytes=None if slots else 1), max_running=max_running),
-            discipline,
+            CacheConfig(
+                max_blocks=cache.pop("max_blocks", slots or pool_blocks), adapter_host_bytes=adapter_host_bytes, **cache
+            ),
+            QueueOptions(total_tokens, SizingOptions(kv_token_bytes=None if slots else 1), max_num_seqs=max_num_seqs),
+            scheduler,
             BLOCK_TOKENS,
             shares_kv=slots is None,
         )
@@ -157,7 +159,7 @@ def test_idle_adapters_give_their_blocks_to_kv_but_never_those_of_the_request_or
 
 
 def test_a_blocked_adapter_holds_up_its_queue_until_a_running_request_ends():
-    engine = Engine(10, discipline="fifo")
+    engine = Engine(10, scheduler="fifo")
     engine.add(big=6)
     engine.arrive("r1", prompt=50, output=10)
     assert engine.step() == ["r1"]
@@ -216,7 +218,7 @@ def test_a_running_request_is_to_end_for_a_slot_only_where_no_other_is_free():
 
 
 def test_steps_are_quiet_while_all_that_wait_were_offered_in_vain():
-    engine = Engine(20, discipline="fifo")
+    engine = Engine(20, scheduler="fifo")
     policy = engine.policy
     engine.arrive("r1", prompt=100, output=50)
     assert engine.step() == ["r1"]
@@ -239,7 +241,7 @@ def test_steps_are_quiet_while_all_that_wait_were_offered_in_vain():
 
 
 def test_a_request_runs_in_the_step_after_its_adapter_is_loaded_however_many_others_wait_for_theirs():
-    engine = Engine(1000, discipline="fifo")
+    engine = Engine(1000, scheduler="fifo")
     digests = [f"a{number}" for number in range(60)]
     engine.add(**dict.fromkeys(digests, 1))
     for digest in digests:
@@ -258,7 +260,7 @@ def test_a_request_runs_in_the_step_after_its_adapter_is_loaded_however_many_oth
 
 
 def test_adapters_of_requests_that_wait_for_memory_do_not_chase_each_other_out():
-    engine = Engine(12, discipline="static", total_tokens=10_000)
+    engine = Engine(12, scheduler="static", total_tokens=10_000)
     engine.add(a=4, b=4)
     engine.arrive("base", prompt=50, output=10)
     assert engine.settle() == ["base"]
@@ -340,11 +342,19 @@ def test_a_retired_adapter_serves_its_requests_and_is_forgotten():
     engine.policy.check()
 
 
-@pytest.mark.parametrize("discipline", ["chameleon", "paper", "fifo", "sjf", "static"])
+@pytest.mark.parametrize("scheduler", ["chameleon", "paper", "fifo", "sjf", "static"])
 @pytest.mark.parametrize(("policy", "slots"), [("chameleon", None), ("discard", None), ("chameleon", 3)])
-def test_random_histories_keep_every_request_and_every_block(discipline, policy, slots):
-    rng = random.Random(f"{discipline}-{policy}")
-    engine = Engine(40, discipline, max_running=6, policy=policy, host_bytes=300, max_blocks=slots or 25, slots=slots)
+def test_random_histories_keep_every_request_and_every_block(scheduler, policy, slots):
+    rng = random.Random(f"{scheduler}-{policy}")
+    engine = Engine(
+        40,
+        scheduler,
+        max_num_seqs=6,
+        adapter_policy=policy,
+        adapter_host_bytes=300,
+        max_blocks=slots or 25,
+        slots=slots,
+    )
     engine.add(**{f"a{i}": 1 if slots else 1 + i for i in range(10)})
     live, ended, now_s = set(), 0, 0.0
     for number in range(700):

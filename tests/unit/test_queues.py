@@ -373,7 +373,7 @@ def test_a_request_above_any_quota_gets_its_turn_under_a_stream_of_small_ones():
 
 
 def test_large_requests_get_seats_when_seats_run_out_before_tokens():
-    waiting = queues(total_tokens=10**6, max_running=8)
+    waiting = queues(total_tokens=10**6, max_num_seqs=8)
     add(waiting, *many("d", 20, 200), *many("a", 100, 50))
     step(waiting, max_admitted=8)
     running = [queue.num_running for queue in waiting.state().queues]
@@ -383,7 +383,7 @@ def test_large_requests_get_seats_when_seats_run_out_before_tokens():
 def test_seats_are_kept_for_queues_with_waiting_requests():
     room = Room()
     room.admissions["x"] = Admission.LOADING
-    waiting = queues(room=room, total_tokens=10**6, max_running=8)
+    waiting = queues(room=room, total_tokens=10**6, max_num_seqs=8)
     add(waiting, request("large", 200, "x"), *many("a", 20, 50))
     assert len(step(waiting)) == 6  # two of its share, four of two empty queues; the loading one's stay free
 
@@ -487,7 +487,7 @@ def test_static_has_four_equal_queues_for_ever():
 
 def busy_chameleon(**options):
     """Queues by thirds of size: 20, 60 and 180 tokens. A boost counts at most 1.2 s of age (an SLO of 24 s)."""
-    waiting = queues("chameleon", total_tokens=100, slo_s=24.0, **options)
+    waiting = queues("chameleon", total_tokens=100, scheduler_slo_s=24.0, **options)
     for number in range(200):
         add(waiting, request(f"a{number}", 20), request(f"m{number}", 60), request(f"z{number}", 180), now_s=number)
     while waiting.num_waiting:
@@ -567,7 +567,7 @@ def test_paper_has_no_queue_that_its_largest_request_does_not_fit():
 
 
 def test_paper_reports_quotas_that_cannot_hold_the_slo():
-    waiting = queues("paper", total_tokens=100, slo_s=1.0)
+    waiting = queues("paper", total_tokens=100, scheduler_slo_s=1.0)
     add(waiting, *many("a", 100, 200), now_s=0.0)
     waiting.begin_step(1.0)
     assert 0 < waiting.state().minima_scale < 1
@@ -578,7 +578,9 @@ def test_unknown_discipline_names_the_choices():
         queues("lifo")
 
 
-@pytest.mark.parametrize("bad", [{"total_tokens": 0}, {"max_overtakes": 0}, {"refresh_s": 0}, {"max_running": -1}])
+@pytest.mark.parametrize(
+    "bad", [{"total_tokens": 0}, {"max_overtakes": 0}, {"scheduler_refresh_s": 0}, {"max_num_seqs": -1}]
+)
 def test_unusable_options_are_refused(bad):
     with pytest.raises(ValueError):
         QueueOptions(**{"total_tokens": 100, "sizing": SizingOptions(1), **bad})

@@ -31,7 +31,7 @@ class Engine:
         self._report = report
 
     def load(self) -> ReplicaLoad:
-        return ReplicaLoad(num_running=3, num_waiting=2, max_running=8)
+        return ReplicaLoad(num_running=3, num_waiting=2, max_num_seqs=8)
 
     def activity(self) -> Activity:
         return Activity(0.5, 0.125, 2.5, 0.1, 0.4, (RecentEviction("pirate", "load", 1.5),))
@@ -40,14 +40,14 @@ class Engine:
         return None if self._report is None else (self._report, 0.25)
 
 
-def report(discipline: str) -> PolicyReport:
+def report(scheduler: str) -> PolicyReport:
     """Two of four requests run, of a cache with one adapter."""
-    waiting, cache = queues(discipline, max_running=8), AdapterCache(CacheConfig(max_blocks=4, host_bytes=4000))
+    waiting, cache = queues(scheduler, max_num_seqs=8), AdapterCache(CacheConfig(max_blocks=4, adapter_host_bytes=4000))
     for number, tokens in enumerate((10, 60, 110, 160)):
         waiting.add(request(f"r{number}", tokens), 0.0)
     step(waiting, max_admitted=2)
     cache.add(Adapter("a" * 64, 8, 1000), 2)
-    limits = MemoryLimits(block_bytes=500, max_blocks=4, num_blocks=8, host_bytes=4000)
+    limits = MemoryLimits(block_bytes=500, max_blocks=4, num_blocks=8, adapter_host_bytes=4000)
     kinds = dict.fromkeys(WAITING_FOR, 0) | {"turn": 2}
     return PolicyReport(cache.stats(), waiting.state(), PredictionAccuracy().snapshot(), limits, kinds, 1.5, 0)
 

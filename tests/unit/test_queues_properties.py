@@ -17,11 +17,11 @@ DIGESTS = ("x", "y", "z")
 
 
 class QueuesMachine(RuleBasedStateMachine):
-    @initialize(discipline=st.sampled_from(sorted(DISCIPLINES)), max_running=st.one_of(st.none(), st.integers(1, 9)))
-    def start(self, discipline, max_running):
+    @initialize(scheduler=st.sampled_from(sorted(DISCIPLINES)), max_num_seqs=st.one_of(st.none(), st.integers(1, 9)))
+    def start(self, scheduler, max_num_seqs):
         self.room = Room()
         self.queues = queues(
-            discipline, self.room, total_tokens=600, max_running=max_running, max_overtakes=3, max_squash_share=0.5
+            scheduler, self.room, total_tokens=600, max_num_seqs=max_num_seqs, max_overtakes=3, max_squash_share=0.5
         )
         self.now_s = 0.0
         self.num_added = 0
@@ -151,7 +151,7 @@ TestQueues.settings = settings(max_examples=60, stateful_step_count=40, deadline
 class Replica:
     """A server in miniature with memory of its own: running requests hold their tokens and, once each, adapters."""
 
-    def __init__(self, discipline, rng, memory_tokens=2000, seats=16, **options):
+    def __init__(self, scheduler, rng, memory_tokens=2000, seats=16, **options):
         self.rng = rng
         self.memory_tokens = memory_tokens
         self.seats = seats
@@ -161,7 +161,7 @@ class Replica:
         self.waits = {}
         self.arrived_s = {}
         sizing = SizingOptions(kv_token_bytes=1, max_input_tokens=650, max_output_tokens=650)
-        self.queues = queues(discipline, self, memory_tokens, sizing=sizing, max_running=seats, **options)
+        self.queues = queues(scheduler, self, memory_tokens, sizing=sizing, max_num_seqs=seats, **options)
 
     def used(self, without=()):
         live = {request_id: one for request_id, (one, _) in self.running.items() if request_id not in without}
@@ -216,10 +216,10 @@ class Replica:
         return admitted
 
 
-def serve(discipline, seed, num_steps=700, small_per_step=6, large_every=150, **options):
+def serve(scheduler, seed, num_steps=700, small_per_step=6, large_every=150, **options):
     """A step is 0.1 s. Six small requests a step are more than the seats can serve; few large ones come between."""
     rng = random.Random(seed)
-    replica = Replica(discipline, rng, **options)
+    replica = Replica(scheduler, rng, **options)
     adapter_tokens = 40  # one size: requests differ by their lengths
     replica.sizes = {f"a{index}": adapter_tokens for index in range(20)}
     decisions = []
@@ -245,9 +245,9 @@ def waits_s(replica, kind):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("discipline", ["paper", "static"])
-def test_large_requests_are_served_while_small_ones_flood_the_replica(discipline, seed):
-    replica, _ = serve(discipline, seed, max_overtakes=16)
+@pytest.mark.parametrize("scheduler", ["paper", "static"])
+def test_large_requests_are_served_while_small_ones_flood_the_replica(scheduler, seed):
+    replica, _ = serve(scheduler, seed, max_overtakes=16)
     # A large one runs for up to 26 s, and the next of its queue may have to wait for half of that.
     assert max(waits_s(replica, "large")) < 13.0
     assert max(waits_s(replica, "small")) > 26.0, "not a flood"
@@ -257,7 +257,7 @@ def test_large_requests_are_served_while_small_ones_flood_the_replica(discipline
 
 @pytest.mark.parametrize("seed", range(3))
 def test_chameleon_starves_nobody_while_small_requests_flood_the_replica(seed):
-    chameleon, fifo = (serve(discipline, seed, max_overtakes=16)[0] for discipline in ("chameleon", "fifo"))
+    chameleon, fifo = (serve(scheduler, seed, max_overtakes=16)[0] for scheduler in ("chameleon", "fifo"))
     for kind in ("small", "large"):
         assert max(waits_s(chameleon, kind)) < 1.1 * max(waits_s(fifo, kind))
 
@@ -268,8 +268,8 @@ def test_sjf_starves_the_large_requests_that_paper_serves():
 
 def test_small_requests_wait_less_than_under_fifo():
     # Near saturation the wait of one run swings widely with its arrivals: six runs together.
-    def mean_wait_s(discipline):
-        runs = [serve(discipline, seed, small_per_step=2, large_every=50)[0] for seed in range(1, 7)]
+    def mean_wait_s(scheduler):
+        runs = [serve(scheduler, seed, small_per_step=2, large_every=50)[0] for seed in range(1, 7)]
         small = [wait_s for replica in runs for wait_s in waits_s(replica, "small")]
         return sum(small) / len(small)
 
@@ -278,6 +278,6 @@ def test_small_requests_wait_less_than_under_fifo():
     assert mean_wait_s("chameleon") < 0.98 * fifo_s
 
 
-@pytest.mark.parametrize("discipline", sorted(DISCIPLINES))
-def test_decisions_repeat(discipline):
-    assert serve(discipline, seed=3, num_steps=200)[1] == serve(discipline, seed=3, num_steps=200)[1]
+@pytest.mark.parametrize("scheduler", sorted(DISCIPLINES))
+def test_decisions_repeat(scheduler):
+    assert serve(scheduler, seed=3, num_steps=200)[1] == serve(scheduler, seed=3, num_steps=200)[1]

@@ -17,7 +17,7 @@ MAX_AGE_S = 10.0
 
 def cluster(received_s: dict[str, float], num_running: int = 0, tier: Tier = Tier.GPU) -> ClusterView:
     tiers = MappingProxyType({ADAPTER.digest: tier})
-    load = ReplicaLoad(num_running=num_running, max_running=16)
+    load = ReplicaLoad(num_running=num_running, max_num_seqs=16)
     statuses = {
         name: ReplicaStatus(name, "node", load, tiers, MappingProxyType({}), 0, at_s)
         for name, at_s in received_s.items()

@@ -18,10 +18,14 @@ from chameleon_ray.routing.replica_table import ReplicaTable, ReplicaView, rende
 
 GIB = 2**30
 COSTS = LoadCosts(
-    host_bytes_s=10 * GIB, disk_bytes_s=1 * GIB, source_bytes_s=0.2 * GIB, overhead_s=0.005, hysteresis=0.2
+    host_load_bytes_s=10 * GIB,
+    disk_load_bytes_s=1 * GIB,
+    source_load_bytes_s=0.2 * GIB,
+    load_overhead_s=0.005,
+    hysteresis=0.2,
 )
 ADAPTER = Adapter(digest="ad" * 32, rank=16, size_bytes=64 * 2**20)
-IDLE = ReplicaLoad(max_running=16, service_s=2.0, ttft_s=0.05)
+IDLE = ReplicaLoad(max_num_seqs=16, service_s=2.0, ttft_s=0.05)
 
 
 def view(replica_id: str, tier: Tier = Tier.ABSENT, *, sent: int = 0, **load: float) -> ReplicaView:
@@ -131,14 +135,14 @@ def test_a_report_is_corrected_by_the_requests_sent_and_ended_since() -> None:
 
 def test_full_kv_memory_delays_as_full_seats_do() -> None:
     """Ten requests hold 80% of the KV memory, 8% each: three more lack 4%, and 80% or so is given back in 2 s."""
-    reported = dataclasses.replace(IDLE, num_running=10, max_running=256, kv_used_share=0.8)
+    reported = dataclasses.replace(IDLE, num_running=10, max_num_seqs=256, kv_used_share=0.8)
     for unseen, expected_s in ((0, 0.05 * 0.8), (2, 0.05 * 0.96 + 2.0 * 0.04), (3, 0.05 + 2.0 * 0.12)):
         full = ReplicaView("a", Tier.GPU, in_flight=unseen, load=reported)
         assert rank(ADAPTER, [full]).expected_ttft_s == pytest.approx(0.05 + expected_s)
 
 
 def test_requests_that_wait_for_kv_memory_count_with_what_they_will_hold() -> None:
-    holder, other = view("a", Tier.GPU, num_running=10, kv_used_share=0.9, max_running=256), view("b", Tier.DISK)
+    holder, other = view("a", Tier.GPU, num_running=10, kv_used_share=0.9, max_num_seqs=256), view("b", Tier.DISK)
     assert first([holder, other]) == "a"
     waiting = dataclasses.replace(holder, load=dataclasses.replace(holder.load, num_waiting=1))
     assert first([waiting, other]) == "b"
@@ -147,8 +151,8 @@ def test_requests_that_wait_for_kv_memory_count_with_what_they_will_hold() -> No
 
 
 def test_a_replica_without_requests_takes_them_to_be_as_large_as_those_of_others() -> None:
-    busy = view("busy", Tier.GPU, num_running=10, kv_used_share=0.8, max_running=256)
-    idle = dataclasses.replace(IDLE, max_running=256)
+    busy = view("busy", Tier.GPU, num_running=10, kv_used_share=0.8, max_num_seqs=256)
+    idle = dataclasses.replace(IDLE, max_num_seqs=256)
     for sent, chosen in ((14, "busy"), (2, "idle")):
         assert first([busy, ReplicaView("idle", Tier.GPU, in_flight=sent, load=idle)], None) == chosen
 
@@ -259,8 +263,8 @@ def test_joins_deaths_and_changes_leave_the_same_as_a_new_table() -> None:
 def test_bad_input_is_refused_with_a_hint() -> None:
     with pytest.raises(ValueError, match="no replica to choose from"):
         rank(ADAPTER, [])
-    with pytest.raises(ValueError, match="disk_bytes_s is 0"):
-        dataclasses.replace(COSTS, disk_bytes_s=0)
+    with pytest.raises(ValueError, match="disk_load_bytes_s is 0"):
+        dataclasses.replace(COSTS, disk_load_bytes_s=0)
     with pytest.raises(ValueError, match="hysteresis is -1"):
         dataclasses.replace(COSTS, hysteresis=-1)
 
@@ -276,7 +280,7 @@ loads = st.builds(
     ReplicaLoad,
     num_running=st.integers(0, 64),
     num_waiting=st.integers(0, 64),
-    max_running=st.integers(1, 64),
+    max_num_seqs=st.integers(1, 64),
     service_s=st.floats(0, 100),
     ttft_s=st.floats(0, 10),
     eviction_cost_s=st.floats(0, 10),

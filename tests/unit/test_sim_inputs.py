@@ -84,8 +84,8 @@ def test_bad_cost_models_are_named(tmp_path):
         ({"workload": {"requests_per_s": 0.0}}, "requests_per_s"),
         ({"workload": {"requests_per_s": 1.0, "duration_s": 10.0, "warmup_s": 10.0}}, "warmup_s"),
         ({"workload": {"requests_per_s": 1.0, "trace_arrivals": True}}, "trace_arrivals"),
-        ({"workload": {"requests_per_s": 1.0}, "policy": {"scheduling": "lifo"}}, "chameleon, .*fifo"),
-        ({"workload": {"requests_per_s": 1.0}, "policy": {"eviction": "mru"}}, "lru"),
+        ({"workload": {"requests_per_s": 1.0}, "policy": {"scheduler": "lifo"}}, "chameleon, .*fifo"),
+        ({"workload": {"requests_per_s": 1.0}, "policy": {"adapter_policy": "mru"}}, "lru"),
         ({"workload": {"requests_per_s": 1.0, "adapters": {"ranks": []}}}, "at least one"),
     ],
 )

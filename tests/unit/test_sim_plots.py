@@ -61,7 +61,7 @@ def test_lines_are_where_the_tables_values_are(paper_content, monkeypatch, tmp_p
 YAML = """
 workload: {requests_per_s: 6.0, duration_s: 8.0, warmup_s: 1.0, length_scale: 0.2}
 grid:
-  policy.scheduling: [fifo, chameleon]
+  policy.scheduler: [fifo, chameleon]
 """
 
 

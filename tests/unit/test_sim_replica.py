@@ -31,19 +31,19 @@ def costs(step=None, memory=None, limits=None, **links):
             "block_tokens": 10,
             "kv_bytes_per_token": 100,
             "pool_blocks": 1000,
-            "host_bytes": FOREVER,
+            "adapter_host_bytes": FOREVER,
             "adapter_bytes_per_rank": 5000,
             **(memory or {}),
         },
         links={"host_bytes_s": 1e6, "disk_bytes_s": 1e6, "source_bytes_s": 1e6, **links},
-        limits={"max_step_tokens": 20, "max_model_len": FOREVER, **(limits or {})},
+        limits={"max_num_batched_tokens": 20, "max_model_len": FOREVER, **(limits or {})},
     )
 
 
 def serve(model, requests, policy=None, mode=None, tier=Tier.HOST, setup=None):
     """Jobs by request id of a replica that served ``requests`` to the end, with every check after every step."""
     jobs = {}
-    policy = policy or PolicySettings(scheduling="fifo", predictor_accuracy=1.0)
+    policy = policy or PolicySettings(scheduler="fifo", predictor_accuracy=1.0)
     replica = SimReplica(
         model,
         replica_config(model, policy),
@@ -108,7 +108,7 @@ def test_an_adapter_comes_from_source_over_disk_and_host():
 
 
 def test_memory_that_runs_out_preempts_the_last_admitted_which_is_computed_again():
-    model = costs(memory={"pool_blocks": 5}, limits={"max_step_tokens": 100})
+    model = costs(memory={"pool_blocks": 5}, limits={"max_num_batched_tokens": 100})
     jobs = serve(model, [SimRequest("first", 0.0, 19, 12, None), SimRequest("second", 0.0, 19, 4, None)])
     # Step 1, 0-19 ms: first's prompt, 2 of 5 blocks. Step 2, -39 ms: its second token and second's prompt, 2 blocks.
     # Step 3, -49 ms: first takes the fifth block for its 21st token. Step 4 would need a sixth for second, which is
@@ -128,7 +128,7 @@ def test_requests_that_can_never_fit_are_refused():
 
 def test_load_reports_memory_in_use_without_idle_adapters_and_recent_times():
     model = costs(memory={"pool_blocks": 100})
-    config = replica_config(model, PolicySettings(scheduling="fifo", predictor_accuracy=1.0))
+    config = replica_config(model, PolicySettings(scheduler="fifo", predictor_accuracy=1.0))
     replica = SimReplica(model, config, EngineMode(), OraclePredictor(1.0, Random(0), FOREVER), lambda job, now_s: None)
     replica.add_adapter(A, Tier.HOST)
     loads = []
@@ -196,7 +196,7 @@ def test_one_seat_is_the_single_server_queue_of_theory(name, draw, second_moment
     model = costs(
         step={"weights_read_s": 0.0, "token_s": 0.0001},
         memory={"pool_blocks": FOREVER},
-        limits={"max_running": 1, "max_step_tokens": FOREVER},
+        limits={"max_num_seqs": 1, "max_num_batched_tokens": FOREVER},
     )
     requests = [SimRequest(f"r{n}", float(arrivals_s[n]), int(num_tokens[n]), 1, None) for n in range(simulated)]
     jobs = serve(model, requests, mode=EngineMode())
@@ -204,9 +204,9 @@ def test_one_seat_is_the_single_server_queue_of_theory(name, draw, second_moment
     assert measured_s == pytest.approx(waits_s[:simulated], abs=1e-6)
 
 
-@pytest.mark.parametrize("scheduling", ["chameleon", "paper", "fifo", "sjf", "static"])
+@pytest.mark.parametrize("scheduler", ["chameleon", "paper", "fifo", "sjf", "static"])
 @pytest.mark.parametrize("reserve", [True, False])
-def test_everything_adds_up_after_every_step_when_memory_is_short(scheduling, reserve):
+def test_everything_adds_up_after_every_step_when_memory_is_short(scheduler, reserve):
     model = CostModel.model_validate(
         {
             **costs().model_dump(),
@@ -215,11 +215,11 @@ def test_everything_adds_up_after_every_step_when_memory_is_short(scheduling, re
                 "block_tokens": 16,
                 "kv_bytes_per_token": 1000,
                 "pool_blocks": 120,
-                "host_bytes": 1_500_000,
+                "adapter_host_bytes": 1_500_000,
                 "adapter_bytes_per_rank": 2000,
             },
             "links": {"host_bytes_s": 5e6, "disk_bytes_s": 2e6, "source_bytes_s": 1e6, "overhead_s": 0.001},
-            "limits": {"max_running": 24, "max_step_tokens": 256, "max_model_len": 1000},
+            "limits": {"max_num_seqs": 24, "max_num_batched_tokens": 256, "max_model_len": 1000},
         }
     )
     scenario = Scenario(
@@ -231,10 +231,10 @@ def test_everything_adds_up_after_every_step_when_memory_is_short(scheduling, re
             adapters=AdapterMix(count=30, base_share=0.1, drift_s=5.0),
         ),
         policy=PolicySettings(
-            scheduling=scheduling,
-            eviction="discard" if reserve else "chameleon",
+            scheduler=scheduler,
+            adapter_policy="discard" if reserve else "chameleon",
             predictor_accuracy=0.5,
-            refresh_s=7.0,
+            scheduler_refresh_s=7.0,
         ),
         engine=EngineSettings(
             blocking_loads=reserve, reserve_outputs=reserve, separate_prefill=reserve, host_resident=False
@@ -247,12 +247,12 @@ def test_everything_adds_up_after_every_step_when_memory_is_short(scheduling, re
     assert summary["finished"] == summary["requests"] == result.num_requests > 50
     assert summary["loads"] > 10
     # Quotas leave too much of the memory unused for it to run out.
-    assert reserve or scheduling in ("paper", "static") or summary["preemptions"] > 0
+    assert reserve or scheduler in ("paper", "static") or summary["preemptions"] > 0
 
 
-@pytest.mark.parametrize("scheduling", ["chameleon", "fifo"])
+@pytest.mark.parametrize("scheduler", ["chameleon", "fifo"])
 @pytest.mark.parametrize("pool_blocks", [300, 2000])
-def test_many_steps_in_one_event_are_the_same_steps(scheduling, pool_blocks):
+def test_many_steps_in_one_event_are_the_same_steps(scheduler, pool_blocks):
     """``check_every_steps`` makes every step an event of its own."""
     model = load_cost_model("a40-llama-7b")
     model = model.model_copy(update={"memory": model.memory.model_copy(update={"pool_blocks": pool_blocks})})
@@ -267,7 +267,7 @@ def test_many_steps_in_one_event_are_the_same_steps(scheduling, pool_blocks):
     def served(check_every_steps):
         scenario = Scenario(
             workload=workload,
-            policy=PolicySettings(scheduling=scheduling, refresh_s=4.0),
+            policy=PolicySettings(scheduler=scheduler, scheduler_refresh_s=4.0),
             engine=EngineSettings(host_resident=False),
             check_every_steps=check_every_steps,
         )

@@ -13,7 +13,7 @@ from experiments.paper import reproduce as paper
 YAML = """
 workload: {requests_per_s: 6.0, duration_s: 20.0, warmup_s: 2.0, length_scale: 0.34}
 grid:
-  policy.scheduling: [fifo, chameleon]
+  policy.scheduler: [fifo, chameleon]
   workload.requests_per_s: [2.0, 4.0]
 """
 
@@ -36,7 +36,7 @@ def test_a_grid_runs_every_combination(scenario_file, tmp_path, capsys):
         ["fifo", 2.0], ["fifo", 4.0], ["chameleon", 2.0], ["chameleon", 4.0]
     ]  # fmt: skip
     assert all(run["figures"]["finished"] == run["figures"]["requests"] > 0 for run in runs)
-    assert "policy.scheduling=chameleon  workload.requests_per_s=4.0" in capsys.readouterr().out
+    assert "policy.scheduler=chameleon  workload.requests_per_s=4.0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

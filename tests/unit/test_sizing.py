@@ -35,7 +35,7 @@ def test_wrs_is_the_papers_product():
 
 
 def test_degree_one_size_is_the_sum_of_three_terms():
-    options = SizingOptions(kv_token_bytes=1000, form="sum", adapter_weight=0.2)
+    options = SizingOptions(kv_token_bytes=1000, request_size="sum", adapter_weight=0.2)
     assert request_size(request(), SCALES, options) == pytest.approx(0.2 + 0.3 + 0.2 * 0.5)
 
 

@@ -23,10 +23,10 @@ SETTINGS_KEY = "chameleon"
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """What the engine around the policy can do. block_size: tokens of one KV block. max_running: requests at once."""
+    """What the engine around the policy can do. block_size: tokens of one KV block. max_num_seqs: requests at once."""
 
     block_size: int
-    max_running: int
+    max_num_seqs: int
     max_model_len: int
 
     @classmethod
@@ -43,27 +43,28 @@ class EngineLimits:
 class PagedSettings:
     """What an operator decides about adapters under our policy; vLLM carries it in ``additional_config``.
 
-    memory_share: most of the KV pool's blocks that adapters may hold; without meaning for adapters in slots.
-    host_bytes: most bytes of host copies per tensor-parallel rank, page-locked on a GPU machine.
+    adapter_memory_share: most of the KV pool's blocks that adapters may hold; without meaning for adapters in slots.
+    adapter_host_bytes: most bytes of host copies per tensor-parallel rank, page-locked on a GPU machine.
     max_rank: adapters of a larger rank are refused; sizes scratch memory, costs no work.
     readers: background threads that read adapters, per rank.
     check_finite: refuse adapters with NaN or infinite weights; for those that nobody has looked at before.
     retry_after_s: pause before an adapter that failed is tried again.
-    policy, frequency_weight, recency_weight, size_weight, frequency_window_s, prefetch: see
+    adapter_policy, frequency_weight, recency_weight, size_weight, frequency_window_s, prefetch: see
     ``policy.cache_types.CacheConfig``.
     scheduler: which waiting request runs next, a name in ``policy.disciplines.DISCIPLINES``.
-    request_size, max_queues, k_rule, slo_s, refresh_s: see ``policy.sizing.SizingOptions``, ``QueueOptions``.
+    request_size: see ``policy.sizing.SizingOptions``.
+    scheduler_max_queues, k_rule, scheduler_slo_s, scheduler_refresh_s: see ``policy.disciplines.QueueOptions``.
     trust_predictions: requests carry their predicted output length (``policy.lengths.PREDICTED_TOKENS``); only where
     no client can set it.
     """
 
-    memory_share: float = 0.5
-    host_bytes: int = 4 << 30
+    adapter_memory_share: float = 0.5
+    adapter_host_bytes: int = 4 << 30
     max_rank: int = 256
     readers: int = 2
     check_finite: bool = True
     retry_after_s: float = 5.0
-    policy: str = "chameleon"
+    adapter_policy: str = "chameleon"
     frequency_weight: float = PAPER_WEIGHTS.frequency
     recency_weight: float = PAPER_WEIGHTS.recency
     size_weight: float = PAPER_WEIGHTS.size
@@ -71,16 +72,16 @@ class PagedSettings:
     prefetch: bool = True
     scheduler: str = "chameleon"
     request_size: Literal["product", "sum"] = "product"
-    max_queues: int = 4
+    scheduler_max_queues: int = 4
     k_rule: Literal["elbow", "min_wcss"] = "elbow"
-    slo_s: float | None = None
-    refresh_s: float = 300.0
+    scheduler_slo_s: float | None = None
+    scheduler_refresh_s: float = 300.0
     trust_predictions: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.memory_share <= 1:
-            raise ValueError(f"memory_share must be over 0 and at most 1, not {self.memory_share}")
-        for name in ("host_bytes", "max_rank", "readers"):
+        if not 0 < self.adapter_memory_share <= 1:
+            raise ValueError(f"adapter_memory_share must be over 0 and at most 1, not {self.adapter_memory_share}")
+        for name in ("adapter_host_bytes", "max_rank", "readers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.scheduler not in DISCIPLINES:
@@ -100,13 +101,13 @@ class PagedSettings:
     def cache_config(self, num_blocks: int) -> CacheConfig:
         """For a pool of so many blocks. Of these vLLM never uses one, and one is left for a request: an adapter that
         fits alone could not be used."""
-        return self._cache_config(max(1, min(int(self.memory_share * num_blocks), num_blocks - 2)))
+        return self._cache_config(max(1, min(int(self.adapter_memory_share * num_blocks), num_blocks - 2)))
 
     def _cache_config(self, max_blocks: int) -> CacheConfig:
         return CacheConfig(
             max_blocks=max_blocks,
-            host_bytes=self.host_bytes,
-            policy=self.policy,
+            adapter_host_bytes=self.adapter_host_bytes,
+            adapter_policy=self.adapter_policy,
             weights=Weights(self.frequency_weight, self.recency_weight, self.size_weight),
             frequency_window_s=self.frequency_window_s,
             retry_after_s=self.retry_after_s,
@@ -128,12 +129,12 @@ class PagedSettings:
     def _queues(self, total_tokens: int, kv_token_bytes: int | None, limits: EngineLimits) -> QueueOptions:
         return QueueOptions(
             total_tokens=total_tokens,
-            sizing=SizingOptions(kv_token_bytes=kv_token_bytes, form=self.request_size),
-            max_running=limits.max_running,
-            max_queues=self.max_queues,
+            sizing=SizingOptions(kv_token_bytes=kv_token_bytes, request_size=self.request_size),
+            max_num_seqs=limits.max_num_seqs,
+            scheduler_max_queues=self.scheduler_max_queues,
             k_rule=self.k_rule,
-            slo_s=self.slo_s,
-            refresh_s=self.refresh_s,
+            scheduler_slo_s=self.scheduler_slo_s,
+            scheduler_refresh_s=self.scheduler_refresh_s,
         )
 
 

@@ -51,7 +51,9 @@ class PagedStorage:
 
     def limits(self, config: ReplicaConfig, num_ranks: int) -> MemoryLimits:
         cache = config.cache
-        return MemoryLimits(self._block_bytes * num_ranks, cache.max_blocks, self.layout.num_blocks, cache.host_bytes)
+        return MemoryLimits(
+            self._block_bytes * num_ranks, cache.max_blocks, self.layout.num_blocks, cache.adapter_host_bytes
+        )
 
     def summarise(self, folder: Path, max_rank: int) -> AdapterSummary:
         return summarise(folder, self.layout, max_rank)

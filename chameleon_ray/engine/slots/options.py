@@ -13,7 +13,7 @@ PACKAGE = "chameleon_ray.engine.slots"
 
 def slots_arguments(max_loras: int, max_lora_rank: int, settings: PagedSettings | None = None) -> dict[str, Any]:
     """vLLM arguments, by their Python names, to set beside ``enable_lora=True``. max_loras: number of slots.
-    max_lora_rank: rank of each. settings: ``memory_share`` has no meaning here."""
+    max_lora_rank: rank of each. settings: ``adapter_memory_share`` has no meaning here."""
     return {
         "scheduler_cls": f"{PACKAGE}.scheduler.SlotsScheduler",
         "worker_cls": f"{PACKAGE}.worker.SlotsWorker",
@@ -26,7 +26,7 @@ def slots_arguments(max_loras: int, max_lora_rank: int, settings: PagedSettings 
         },
         "additional_config": {SETTINGS_KEY: asdict(settings or PagedSettings())},
         "max_loras": max_loras,
-        "max_cpu_loras": max_loras,  # vLLM's own host copies: there are none, the policy's are bounded by host_bytes.
+        "max_cpu_loras": max_loras,  # vLLM makes no host copies: ``adapter_host_bytes`` bounds the policy's.
         "max_lora_rank": max_lora_rank,
     }
 

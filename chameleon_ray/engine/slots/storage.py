@@ -27,7 +27,7 @@ class SlotStorage:
     def limits(self, config: ReplicaConfig, num_ranks: int) -> MemoryLimits:
         num_slots = self.layout.num_slots
         block_bytes = self.layout.slot_bytes * num_ranks
-        return MemoryLimits(block_bytes, num_slots, num_slots, config.cache.host_bytes, shares_kv=False)
+        return MemoryLimits(block_bytes, num_slots, num_slots, config.cache.adapter_host_bytes, shares_kv=False)
 
     def summarise(self, folder: Path, max_rank: int) -> AdapterSummary:
         checkpoint = read_fitting(folder, self.layout.table, max_rank)
