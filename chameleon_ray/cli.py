@@ -203,12 +203,19 @@ def _configure_calibrate(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from chameleon_ray.launcher import CONFIGS, Launcher, LaunchError
+    from chameleon_ray.launcher import Launcher
 
-    if arguments.config is None and not Path("demo/model").is_dir() and (status := _make_demo(Path("demo"), False)):
+    return _launch(arguments.config, lambda config: Launcher(config, lambda text: print(text, flush=True)).run())
+
+
+def _launch(config: Path | None, run: Callable[[Path], int]) -> int:
+    """``run`` with a Serve configuration file, by default that of the demo, which is made where it is missing."""
+    from chameleon_ray.launcher import CONFIGS, LaunchError
+
+    if config is None and not Path("demo/model").is_dir() and (status := _make_demo(Path("demo"), False)):
         return status
     try:
-        return Launcher(arguments.config or CONFIGS / "local.yaml", lambda text: print(text, flush=True)).run()
+        return run(config or CONFIGS / "local.yaml")
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -248,9 +255,8 @@ def _vllm_args(arguments: argparse.Namespace) -> int:
 
 def _bench_local(arguments: argparse.Namespace) -> int:
     from chameleon_ray.bench.local import run
-    from chameleon_ray.launcher import CONFIGS
 
-    return run(arguments.config or CONFIGS / "local.yaml", arguments.json)
+    return _launch(arguments.config, lambda config: run(config, arguments.json))
 
 
 def _bench_policy(arguments: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -26,7 +27,7 @@ import yaml
 from chameleon_ray.config import ApiConfig
 from chameleon_ray.redis_server import free_port
 
-HEAD_START_LIMIT_S = 60.0
+HEAD_START_LIMIT_S = 180.0
 START_LIMIT_S = 600.0
 STOP_LIMIT_S = 60.0
 LAST_LINES = 40
@@ -34,6 +35,8 @@ CONFIGS = Path(__file__).parents[1] / "cluster_configs"
 """The configurations that come with the package, in a checkout and in an installed wheel alike."""
 DASHBOARD_PORT = 8265
 METRICS_PORT = 8090
+STATUS_PERIOD_S = 2.0
+"""How often Serve is asked whether the application can still start."""
 OBJECT_STORE_BYTES = 100_000_000
 """Ray's shared memory; requests and answers are far too small to go through it."""
 PR_SET_CHILD_SUBREAPER = 36
@@ -176,15 +179,18 @@ class Launcher:
 
     def _wait_ready(self, began_s: float) -> bool:
         """Until every replica reports; False when interrupted meanwhile."""
-        said = ""
+        said, asked_s = "", time.monotonic()
         with httpx.Client(timeout=2.0) as client:
 
             def ready() -> bool:
-                nonlocal said
+                nonlocal said, asked_s
                 stage = _stage(client, self.url, self._replicas)
                 if stage and stage != said:
                     self._say(f"{time.monotonic() - began_s:4.0f} s  {stage}")
                     said = stage
+                if stage and time.monotonic() > asked_s + STATUS_PERIOD_S:
+                    self._check_serve(client)
+                    asked_s = time.monotonic()
                 return not stage
 
             return self._until(ready, START_LIMIT_S, "the application")
@@ -206,10 +212,33 @@ class Launcher:
             if child.poll() is not None:
                 raise LaunchError(f"`{name}` ended by itself.\n{self._last_words(name)}")
 
+    def _check_serve(self, client: httpx.Client) -> None:
+        """LaunchError when Serve has given up starting the application: `serve run` itself goes on waiting."""
+        url = f"http://127.0.0.1:{self._dashboard_port}/api/serve/applications/"
+        try:
+            answer = client.get(url, headers=self._dashboard_headers()).raise_for_status().json()
+        except (httpx.HTTPError, ValueError):
+            return  # the dashboard is not there yet; what is wrong with Ray itself shows elsewhere
+        for name, application in (answer.get("applications") or {}).items():
+            if application["status"] == "DEPLOY_FAILED":
+                messages = [one["message"] for one in application["deployments"].values() if one["message"]]
+                reasons = "\n".join(reason_of(message) for message in messages or [application["message"]])
+                raise LaunchError(f"the application `{name}` cannot start.\n{reasons}\n{self._where('serve')}")
+
+    def _dashboard_headers(self) -> dict[str, str]:
+        """What Ray's dashboard wants to see in token mode."""
+        if self._environment["RAY_AUTH_MODE"] != "token":
+            return {}
+        file = Path(self._environment.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray/auth_token")
+        token = self._environment.get("RAY_AUTH_TOKEN") or file.read_text().strip()
+        return {"Authorization": f"Bearer {token}"}
+
+    def _where(self, name: str) -> str:
+        return f"Whole logs: {self._logs / name}.log and /tmp/ray/session_latest/logs/serve"
+
     def _last_words(self, name: str) -> str:
-        log = self._logs / f"{name}.log"
-        lines = log.read_text(errors="replace").splitlines()[-LAST_LINES:]
-        return "\n".join([*lines, f"Whole logs: {log} and /tmp/ray/session_latest/logs/serve"])
+        lines = (self._logs / f"{name}.log").read_text(errors="replace").splitlines()[-LAST_LINES:]
+        return "\n".join([*lines, self._where(name)])
 
     def _greet(self, seconds: float) -> None:
         api = ApiConfig.model_validate(self._api).resolved()
@@ -276,6 +305,13 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict) or "applications" not in loaded:
         raise LaunchError(f"{path} is not a Serve configuration: it has no `applications`")
     return loaded
+
+
+def reason_of(message: str) -> str:
+    """The error at the end of Serve's message, without the traceback before it; all of it where there is none."""
+    lines = message.strip().splitlines()
+    errors = [number for number, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return "\n".join(lines[errors[-1] :] if errors else lines[-LAST_LINES:])
 
 
 def _stage(client: httpx.Client, url: str, replicas: int) -> str:
