@@ -195,7 +195,7 @@ def test_a_burst_over_the_limit_fills_all_replicas(handle: DeploymentHandle) -> 
     counts = Counter(response.result(timeout_s=ANSWER_LIMIT_S)[0] for response in burst)
     for response in others:
         response.result(timeout_s=ANSWER_LIMIT_S)
-    assert time.monotonic() - start_s < 15.0
+    assert time.monotonic() - start_s < ANSWER_LIMIT_S
     assert len(counts) == 3 and min(counts.values()) >= MAX_ONGOING
 
 
@@ -227,7 +227,7 @@ def test_a_killed_replica_is_routed_around_and_replaced(handle: DeploymentHandle
     os.kill(pid, signal.SIGKILL)
     answered_by = [who_answers(handle, digest_of(number)) for number in range(24)]
     assert victim not in answered_by
-    assert victim not in live_replicas(redis)
+    wait_until(lambda: victim not in live_replicas(redis), "the dead replica is forgotten")
     wait_until(lambda: len(live_replicas(redis)) == 3, "a replacement reports")
     wait_until(lambda: len({who_answers(handle) for _ in range(12)}) == 3, "the replacement gets requests")
 

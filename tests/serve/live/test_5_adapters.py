@@ -59,7 +59,7 @@ def test_a_loaded_adapter_is_served_by_every_replica_at_once(
         assert response.status_code == 200, response.text
         assert response.json()["model"] == NAME
         expect(reference, upload, prompt, response)
-    wait_for(lambda: all(NAME in replica["adapters"] for replica in service.placement()), "every replica holds it", 5.0)
+    wait_for(lambda: all(NAME in replica["adapters"] for replica in service.placement()), "every replica holds it")
     card = service.http.get(f"/v1/models/{NAME}").json()
     assert (card["parent"], card["root"]) == (service.base, str(upload))
 
@@ -143,9 +143,9 @@ def test_a_name_is_taken_until_it_is_unloaded(service: Service, upload: Path) ->
 
 
 def test_unloading_lets_running_requests_end(service: Service, upload: Path) -> None:
-    body = completion(NAME, max_tokens=200)
+    body = completion(NAME, max_tokens=300)
     assert service.load(NAME, upload).status_code == 200
-    whole = text_of(complete(service, NAME, max_tokens=200))
+    whole = text_of(complete(service, NAME, max_tokens=300))
     with Background(service, body) as running:
         assert service.unload(NAME).status_code == 200
         assert running.seen.ended == "cut", "the stream ended before the adapter was unloaded"
@@ -186,10 +186,10 @@ def test_load_inplace_rereads_a_folder_whose_content_changed(
 
 
 def test_a_stream_that_runs_during_a_replacement_ends_on_the_old_version(service: Service, upload: Path) -> None:
-    body = completion(NAME, max_tokens=300)
+    body = completion(NAME, max_tokens=500)
     newer = service.demo.adapters / "demo-r64-03"
     assert service.load(NAME, upload).status_code == 200
-    whole = text_of(complete(service, NAME, max_tokens=300))
+    whole = text_of(complete(service, NAME, max_tokens=500))
     with Background(service, body) as running:
         assert service.load(NAME, newer, load_inplace=True).status_code == 200
         new = text_of(complete(service, NAME, max_tokens=8))

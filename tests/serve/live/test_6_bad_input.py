@@ -263,7 +263,7 @@ def test_an_adapter_that_is_lost_after_its_registration_fails_alone(
         harm(folder)
         shutil.rmtree(copy)
         # A replica still counts on its copy for a moment. An engine with the adapter in memory would serve it.
-        wait_for(lambda: complete(service, NAME).status_code == status, "the loss shows", 20.0, 2.0)
+        wait_for(lambda: complete(service, NAME).status_code == status, "the loss shows", 60.0, 2.0)
         error = error_of(complete(service, NAME), status)
         assert error["type"] == kind
         streamed = stream(service, completion(NAME))
@@ -271,7 +271,7 @@ def test_an_adapter_that_is_lost_after_its_registration_fails_alone(
         text_of(complete(service, OTHER))
 
         scaled_adapter(service.demo.adapters / OTHER, folder, 0.7 if harm is deleted else 0.6)
-        wait_for(lambda: complete(service, NAME).status_code == 200, "the restored adapter serves", 20.0, 0.5)
+        wait_for(lambda: complete(service, NAME).status_code == 200, "the restored adapter serves", 60.0, 0.5)
         whole = text_of(complete(service, NAME))
         harm(folder)
         assert text_of(complete(service, NAME)) == whole, "what is in memory, and the node's own copy, serve"
@@ -297,7 +297,7 @@ def test_an_adapter_that_breaks_behind_validation_says_why_and_when_to_come_back
                 assert NAME in error["message"] and "truncated or damaged" in error["message"], error
                 assert 1 <= int(response.headers["Retry-After"]) <= 5
                 text_of(complete(service, OTHER))
-        wait_for(lambda: any(replica["failed"] for replica in service.placement()), "placement says so", 5.0)
+        wait_for(lambda: any(replica["failed"] for replica in service.placement()), "placement says so")
     finally:
         service.unload(NAME)
         shutil.rmtree(copy)

@@ -55,9 +55,13 @@ def page(browser: Page, service: Service) -> Iterator[Page]:
 
 
 def queues(service: Service) -> dict[str, dict[str, Any]]:
-    """``/v1/chameleon/queues``, by replica."""
-    listed = service.http.get("/v1/chameleon/queues").json()["replicas"]
-    return {one["replica"]: one for one in listed}
+    """``/v1/chameleon/queues``, by replica, once all replicas answer in time."""
+
+    def all_answer() -> dict[str, dict[str, Any]]:
+        listed = service.http.get("/v1/chameleon/queues").json()["replicas"]
+        return {} if any("error" in one for one in listed) else {one["replica"]: one for one in listed}
+
+    return wait_for(all_answer, "all replicas answer")
 
 
 def percent(share: float) -> str:
@@ -76,7 +80,8 @@ def shown_tiers(page: Page) -> dict[str, dict[str, str]]:
 
 def test_the_page_shows_what_the_api_says_and_follows_it(page: Page, service: Service) -> None:
     names = service.adapter_names()
-    assert page.text("#status") == f"2 of 2 replicas answer, {len(names)} adapters, Redis connected"
+    status = f"2 of 2 replicas answer, {len(names)} adapters, Redis connected"
+    wait_for(lambda: page.text("#status") == status, "the status line")
 
     def agrees() -> bool:
         return shown_tiers(page) == {one["replica"]: one["adapters"] for one in service.placement()}
