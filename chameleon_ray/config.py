@@ -341,7 +341,15 @@ class AdaptersConfig(_Section):
         description="pause between looks at `folder`, `preload` and resolved adapters: new ones come, changed ones are "
         "replaced, deleted ones go; default: never",
     )
+    peer_fetch: bool = Field(
+        default=False, description="take adapters from nodes that have them already before their own source"
+    )
     retry_after_s: PositiveFloat = Field(default=5.0, description="pause before an adapter that failed is tried again")
+
+    @property
+    def store_max_bytes(self) -> int:
+        """``store_max_gib`` in bytes."""
+        return int(self.store_max_gib * (1 << 30))
 
     @model_validator(mode="after")
     def _credentials_exist_and_fit(self) -> "AdaptersConfig":

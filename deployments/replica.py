@@ -34,6 +34,7 @@ from chameleon_ray.placement import (
 from chameleon_ray.progress import Progress
 from deployments.engine import Engine
 from deployments.parts import AnswerHead, Part, RelayedRequest
+from deployments.peers import NodePeers
 from deployments.policy_metrics import PolicyMetrics
 from deployments.queues_api import replica_queues
 from deployments.tiers import CatalogDigests, let_go, merge_tiers
@@ -65,9 +66,11 @@ class Replica:
         self._tasks: list[asyncio.Task[None]] = []
         await asyncio.to_thread(local_model_folder, self._config.model)
         table: Future[ModuleTable] = Future()
-        self._library = AdapterLibrary(self._config.adapters, self._config.model, table)
         self._node_id = ray.get_runtime_context().get_node_id()
         self._follower = shared_follower(self._config.redis)
+        adapters = self._config.adapters
+        peers = NodePeers(self._id, self._node_id, adapters, self._follower.view) if adapters.peer_fetch else None
+        self._library = AdapterLibrary(adapters, self._config.model, table, peers)
         self._store = CatalogStore(self._config.redis, self._follower.view)
         self._publisher = ReplicaPublisher(self._id, self._node_id, self._config.redis)
         self._unregistered: list[AdapterRecord] = []

@@ -7,8 +7,9 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from chameleon_ray.adapters.errors import (
     AdapterSourceError,
 )
 from chameleon_ray.adapters.modules import ModuleTable
+from chameleon_ray.adapters.peers import Peers, PeerSource
 from chameleon_ray.adapters.record import AdapterRecord
 from chameleon_ray.adapters.store import AdapterStore, StoredAdapter
 from chameleon_ray.adapters.validate import (
@@ -35,7 +37,7 @@ from chameleon_ray.config import AdaptersConfig, ModelConfig
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
-_MIB, _GIB = 1 << 20, 1 << 30
+_MIB = 1 << 20
 _PROGRESS_EVERY = 100
 _T = TypeVar("_T")
 
@@ -89,9 +91,12 @@ class _Read:
 class AdapterLibrary:
     """Fetching, validation and the node's store behind one door. All methods block; any thread may call them."""
 
-    def __init__(self, config: AdaptersConfig, model: ModelConfig, table: Future[ModuleTable]) -> None:
+    def __init__(
+        self, config: AdaptersConfig, model: ModelConfig, table: Future[ModuleTable], peers: Peers | None = None
+    ) -> None:
         """model: the base model; no adapter may have its name. table: which of its modules take LoRA, once the engine
-        has said so; all methods wait for it, ``scan`` after it has read the files.
+        has said so; all methods wait for it, ``scan`` after it has read the files. peers: other nodes' stores, asked
+        before an adapter's own source.
 
         Raises AdapterStoreError when the store cannot be opened.
         """
@@ -99,10 +104,11 @@ class AdapterLibrary:
         self._model = model
         self._table = table
         self._sources = Sources(config)
+        self._peers = peers
         self._rules = Rules(
             config.max_rank, config.max_adapter_mib * _MIB, config.check_finite, config.check_effect != "off"
         )
-        self._store = AdapterStore(Path(config.store_dir), int(config.store_max_gib * _GIB))
+        self._store = AdapterStore(Path(config.store_dir), config.store_max_bytes)
         self._validated: set[str] = set()
         self._refreshed: Mapping[str, AdapterRecord] = {}
         self._modules: dict[tuple[tuple[str, int, int], ...], tuple[tuple[str, int, int], ...]] = {}
@@ -160,13 +166,14 @@ class AdapterLibrary:
         The folder may be evicted any time; hold it with ``use`` instead while somebody reads it. Raises AdapterError;
         AdapterChangedError when the source holds other content by now.
         """
-        folder = self._store.ensure(
-            record.digest,
-            self._sources.find(record.uri, record.credentials),
-            record.uri,
-            self._validate,
-            max_bytes=self._rules.max_bytes,
+        ensure = partial(
+            self._store.ensure, record.digest, uri=record.uri, validator=self._validate, max_bytes=self._rules.max_bytes
         )
+        folder: Path | None = None
+        if self._peers is not None:
+            with suppress(AdapterNotFoundError):
+                folder = ensure(source=PeerSource(record.digest, self._peers))
+        folder = folder or ensure(source=self._sources.find(record.uri, record.credentials))
         if record.digest not in self._validated:  # it may have come into the store under other rules
             self._validate(folder)
             self._validated.add(record.digest)

@@ -26,6 +26,7 @@ from chameleon_ray.adapters.errors import (
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+FILES = (CONFIG_FILE, WEIGHTS_FILE)
 MAX_CONFIG_BYTES = 1 << 20
 
 _PICKLED_FILES = ("adapter_model.bin", "adapter_model.pt")

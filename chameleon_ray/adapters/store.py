@@ -33,13 +33,14 @@ from chameleon_ray.adapters.errors import (
     AdapterTooLargeError,
 )
 from chameleon_ray.adapters.identity import DIGEST
-from chameleon_ray.adapters.sources import CONFIG_FILE, WEIGHTS_FILE, AdapterSource
+from chameleon_ray.adapters.sources import FILES, AdapterSource
 from chameleon_ray.adapters.validate import AdapterInfo
 
 logger = logging.getLogger(__name__)
 
 Validator = Callable[[Path], AdapterInfo]
 
+_CHUNK_BYTES = 4 << 20
 _TEMP, _TRASH = ".tmp-", ".trash-"
 _NEW_FOLDER_S = 60.0
 """A temporary folder younger than this is left alone: its maker may not have locked it yet."""
@@ -281,14 +282,20 @@ def _check_digest(found: str, wanted: str | None, uri: str) -> None:
 
 
 def content_digest(folder: Path) -> str:
-    """Lower-case hex SHA-256 over length (8 bytes, little-endian) and bytes of CONFIG_FILE, then of WEIGHTS_FILE."""
+    """Lower-case hex SHA-256 of the folder's ``packed`` content."""
     digest = hashlib.sha256()
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        with open(folder / name, "rb") as file:
-            digest.update(os.fstat(file.fileno()).st_size.to_bytes(8, "little"))
-            while chunk := file.read(4 << 20):
-                digest.update(chunk)
+    for chunk in packed(folder):
+        digest.update(chunk)
     return digest.hexdigest()
+
+
+def packed(folder: Path) -> Iterator[bytes]:
+    """Length (8 bytes, little-endian) and bytes of CONFIG_FILE, then of WEIGHTS_FILE, in chunks."""
+    for name in FILES:
+        with open(folder / name, "rb") as file:
+            yield os.fstat(file.fileno()).st_size.to_bytes(8, "little")
+            while chunk := file.read(_CHUNK_BYTES):
+                yield chunk
 
 
 def _lock_folder(folder: Path, operation: int) -> int | None:
