@@ -368,7 +368,9 @@ class RedisConfig(_Section):
     """Where catalog and placement are kept."""
 
     url: str | None = Field(
-        default=None, description="redis://… or rediss://…; default: a bundled server on the head, for one machine only"
+        default=None,
+        description="redis://…, rediss://… or redis+sentinel://host,host/service; default: a bundled server on the "
+        "head, for one machine only",
     )
     key_prefix: str = Field(
         default="chameleon", min_length=1, description="prefix of every key and channel of this application"
