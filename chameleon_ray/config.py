@@ -144,6 +144,10 @@ class EngineConfig(_Section):
             raise ValueError(no_effect(ignored, self.adapter_memory))
         return self
 
+    def adapter_bounds(self) -> dict[str, Any]:
+        """The options by which an engine can or cannot hold an adapter."""
+        return self.model_dump(include=_ADAPTER_BOUNDS)
+
     def ignored_options(self, *adapter_memory: str) -> list[str]:
         """The options that were set and that none of these kinds of adapter memory uses."""
         unused = (name for name, kinds in _USED_BY.items() if not set(kinds) & set(adapter_memory))
@@ -169,6 +173,18 @@ _USED_BY = {
 }
 """Option -> the kinds of ``adapter_memory`` that use it; all others are used by every kind."""
 _AUTO = ("paged", "slots")
+_ADAPTER_BOUNDS = {
+    "adapter_memory",
+    "adapter_memory_share",
+    "adapter_host_gib",
+    "device",
+    "dtype",
+    "max_model_len",
+    "kv_cache_gib",
+    "gpu_memory_utilization",
+    "tensor_parallel_size",
+    "vllm_args",
+}
 
 
 def no_effect(options: list[str], adapter_memory: str) -> str:

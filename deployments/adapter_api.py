@@ -4,7 +4,6 @@ import logging
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
 from chameleon_ray.adapters.catalog import check_name
@@ -13,6 +12,7 @@ from chameleon_ray.adapters.record import AdapterRecord
 from chameleon_ray.config import AppConfig
 from chameleon_ray.openai_errors import ApiError
 from chameleon_ray.placement import AdapterUnknownError, CatalogConflictError, CatalogStore, ClusterFollower
+from deployments.broadcast import everywhere
 from deployments.http import CATALOG_RETRY_AFTER_S
 from deployments.relay import once_more
 
@@ -47,7 +47,7 @@ class AdapterApi:
         inspected: AdapterRecord | ApiError = await once_more(lambda: inspect.remote(name, uri, credentials))
         if isinstance(inspected, ApiError):
             raise inspected
-        for problem in await self._everywhere(self._replica, "prepare_adapter", inspected):
+        for problem in await everywhere(self._replica, "prepare_adapter", inspected):
             if problem is not None:
                 raise problem
         try:
@@ -79,18 +79,9 @@ class AdapterApi:
             context = serve.get_replica_context()
             self._ingresses = serve.get_deployment_handle(context.deployment, context.app_name)
         timeout_s = self._config.redis.heartbeat_ttl_s
-        if not all(await self._everywhere(self._ingresses, "sees", version, timeout_s)):
+        if not all(await everywhere(self._ingresses, "sees", version, timeout_s)):
             message = f"The change is in the catalog, but an ingress did not take it up within {timeout_s:g} s."
             raise ApiError(503, message, "catalog_unavailable", retry_after_s=CATALOG_RETRY_AFTER_S)
-
-    @staticmethod
-    async def _everywhere(handle: DeploymentHandle[Any], method: str, *arguments: Any) -> list[Any]:
-        """What every live replica of a deployment answers; one that dies meanwhile is not live."""
-        results = await handle.broadcast(method, *arguments).results_async(return_exceptions=True)
-        for result in results:
-            if isinstance(result, Exception) and not isinstance(result, ApiError | RayActorError):
-                raise result
-        return [result for result in results if not isinstance(result, RayActorError)]
 
 
 def _already_loaded(name: str) -> ApiError:

@@ -1,9 +1,11 @@
 """What a replica needs of its engine: ``EngineServer`` is the real one, ``deployments/instant.py`` has another."""
 
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Protocol
 
+from chameleon_ray.adapters.checkpoint import AdapterShape
+from chameleon_ray.adapters.errors import AdapterError
 from chameleon_ray.adapters.modules import ModuleTable
 from chameleon_ray.adapters.record import AdapterRecord
 from chameleon_ray.engine.asgi import AsgiCall
@@ -56,6 +58,8 @@ class Engine(EngineReports, Protocol):
     ) -> AsgiCall: ...
 
     async def accept(self, record: AdapterRecord, folder: Path, *, whole: bool = False) -> None: ...
+
+    async def measure(self, shapes: Sequence[AdapterShape]) -> list[AdapterError | None]: ...
 
     async def retire(self, digests: Collection[str]) -> None: ...
 

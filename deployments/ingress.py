@@ -28,7 +28,8 @@ app.add_exception_handler(HTTPException, no_such_route)
 
 
 def placement_table(view: ClusterView, now_s: float) -> dict[str, Any]:
-    """Which replica holds which adapter, by name, in which tier; ``now_s`` on the follower's clock."""
+    """Which replica holds which adapter, by name, in which tier, and which configured adapters are refused, and why.
+    ``now_s`` on the follower's clock."""
     names: dict[str, list[str]] = {}
     for record in view.catalog.values():
         names.setdefault(record.digest, []).append(record.name)
@@ -48,7 +49,8 @@ def placement_table(view: ClusterView, now_s: float) -> dict[str, Any]:
         for status in view.replicas.values()
     ]
     redis = "connected" if view.connected else "disconnected"
-    return {"redis": redis, "catalog_version": view.catalog_version, "replicas": replicas}
+    refused = {name: one.refusal.reason for name, one in view.tombstones.items() if one.refusal is not None}
+    return {"redis": redis, "catalog_version": view.catalog_version, "replicas": replicas, "refused": refused}
 
 
 def health_of(view: ClusterView, problem: str | None) -> tuple[int, dict[str, Any]]:

@@ -5,12 +5,14 @@ measures it. Only vLLM is replaced; ingress, router, replica, adapters and Redis
 """
 
 import json
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from ray.serve import Application
 
+from chameleon_ray.adapters.checkpoint import AdapterShape
+from chameleon_ray.adapters.errors import AdapterError
 from chameleon_ray.adapters.modules import Module, ModuleTable
 from chameleon_ray.adapters.record import AdapterRecord
 from chameleon_ray.adapters.safetensors_header import read_header
@@ -48,6 +50,9 @@ class InstantEngine:
 
     async def accept(self, record: AdapterRecord, folder: Path, *, whole: bool = False) -> None:
         self.tiers[record.digest] = Tier.GPU
+
+    async def measure(self, shapes: Sequence[AdapterShape]) -> list[AdapterError | None]:
+        return [None] * len(shapes)
 
     @property
     def known(self) -> Set[str]:

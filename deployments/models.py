@@ -34,6 +34,7 @@ class Models:
         self.base = config.model.served_name
         self._source = config.model.source
         self._max_model_len = config.engine.max_model_len
+        self._retry_after_s = config.adapters.retry_after_s
         self._follower = follower
         self._store = store
         self._find = find
@@ -51,8 +52,17 @@ class Models:
             return None
         record = self._known_view().catalog.get(name) or await self._lookup(name) or await self._find(name)
         if record is None:
-            raise unknown_model(model)
+            raise self._refused(name) or unknown_model(model)
         return record
+
+    def _refused(self, name: str) -> ApiError | None:
+        """Why an adapter that the configuration names is not served."""
+        tombstone = self._follower.view().tombstones.get(name)
+        if tombstone is None or (refusal := tombstone.refusal) is None:
+            return None
+        message = f"The adapter {name!r} is not served: {refusal.reason}"
+        retry_after_s = self._retry_after_s if refusal.status >= 500 else None
+        return ApiError(refusal.status, message, refusal.code, param="model", retry_after_s=retry_after_s)
 
     def page(self, query: Mapping[str, str]) -> dict[str, Any]:
         """``/v1/models``: the base model, then the adapters by name, at most ``limit`` of them and those behind the

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -15,8 +15,9 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from chameleon_ray.adapters.catalog import AdapterLibrary
-from chameleon_ray.adapters.errors import AdapterError, AdapterRetryLaterError
+from chameleon_ray.adapters.catalog import AdapterLibrary, log_refusal
+from chameleon_ray.adapters.checkpoint import AdapterShape
+from chameleon_ray.adapters.errors import AdapterError, AdapterRefusedError, AdapterRetryLaterError
 from chameleon_ray.adapters.local import LocalAdapters
 from chameleon_ray.adapters.modules import ModuleTable
 from chameleon_ray.adapters.record import AdapterRecord
@@ -32,6 +33,7 @@ from chameleon_ray.placement import (
     shared_follower,
 )
 from chameleon_ray.progress import Progress
+from deployments.broadcast import everywhere
 from deployments.engine import Engine
 from deployments.parts import AnswerHead, Part, RelayedRequest
 from deployments.peers import NodePeers
@@ -59,7 +61,9 @@ class Replica:
     ):
         """config: an ``AppConfig`` dump. redis: the bundled server's deployment, named so that Serve starts it."""
         self._config = AppConfig.model_validate(config)
-        self._id = serve.get_replica_context().replica_id.unique_id
+        context = serve.get_replica_context()
+        self._id = context.replica_id.unique_id
+        self._replicas: DeploymentHandle[Any] = serve.get_deployment_handle(context.deployment, context.app_name)
         self._num_streams = 0
         self._metrics = PolicyMetrics()
         self._named = CatalogDigests()
@@ -70,7 +74,8 @@ class Replica:
         self._follower = shared_follower(self._config.redis)
         adapters = self._config.adapters
         peers = NodePeers(self._id, self._node_id, adapters, self._follower.view) if adapters.peer_fetch else None
-        self._library = AdapterLibrary(adapters, self._config.model, table, peers)
+        bounds = self._config.engine.adapter_bounds()
+        self._library = AdapterLibrary(adapters, self._config.model, table, peers, bounds)
         self._store = CatalogStore(self._config.redis, self._follower.view)
         self._publisher = ReplicaPublisher(self._id, self._node_id, self._config.redis)
         self._unregistered: list[AdapterRecord] = []
@@ -240,21 +245,44 @@ class Replica:
         return self._num_streams / self._config.replicas.max_stream_events_per_s
 
     async def _register_configured(self) -> None:
-        """Put the adapters of the configuration into the catalog; broken ones are logged and left out."""
+        """Put the adapters of the configuration into the catalog; those that cannot be served with the reason."""
         await asyncio.to_thread(self._follower.wait_ready, REDIS_START_S)
         view = self._follower.view()
-        result = await asyncio.to_thread(self._library.scan, {**view.tombstones, **view.catalog})
-        self._unregistered = list(result.records.values())
+        found = await asyncio.to_thread(self._library.scan, {**view.tombstones, **view.catalog})
+        problems = await self._measured(found.shapes)
+        for name, error in problems.items():
+            log_refusal(name, error)
+        self._unregistered = [
+            self._library.refused(record, problems[name]) if name in problems else record
+            for name, record in found.records.items()
+        ] + [*found.refused]
         await self._register_pending()
+        await self._withdraw(found.gone)
+
+    async def _measured(self, shapes: Mapping[str, AdapterShape]) -> dict[str, AdapterError]:
+        """Why the engine can never hold an adapter, by its name. shapes: by name."""
+        distinct = list(dict.fromkeys(shapes.values()))
+        answers = dict(zip(distinct, await self._engine.measure(distinct), strict=True))
+        return {name: error for name, shape in shapes.items() if (error := answers[shape]) is not None}
 
     async def _register_pending(self) -> None:
         """Write what the catalog does not have yet; without Redis it stays for the next report."""
         try:
             while self._unregistered:
-                await self._store.put_config(self._unregistered[-1])
+                record = self._unregistered[-1]
+                await (self._store.put_config(record) if record.refusal is None else self._store.put_refused(record))
                 self._unregistered.pop()
         except PlacementUnavailableError as error:
             logger.warning("%d adapters are not in the catalog yet: %s", len(self._unregistered), error)
+
+    async def _withdraw(self, names: Sequence[str]) -> None:
+        """Take out of the catalog what is gone from its source; without Redis a later look does."""
+        try:
+            for name in names:
+                await self._store.withdraw(name)
+                logger.info("adapter %s is gone from its source", name)
+        except PlacementUnavailableError as error:
+            logger.warning("adapters that are gone are still in the catalog: %s", error)
 
     async def _repeat(self, work: Callable[[], Awaitable[None]]) -> None:
         while True:
@@ -301,17 +329,20 @@ class Replica:
                 logger.warning("the adapters' sources could not be looked at, the next look follows: %s", error)
 
     async def _refresh(self, known: Mapping[str, AdapterRecord]) -> None:
+        """Every replica tries what has changed, as at a load, before the catalog names it."""
         changes = await asyncio.to_thread(self._library.refresh, known)
         for record in changes.changed:
-            problem = await self.prepare_adapter(record)
+            problem = next((one for one in await everywhere(self._replicas, "prepare_adapter", record) if one), None)
             if problem is None:
                 await self._store.put_config(record)
                 logger.info("adapter %s is now %s", record.name, record.id.short)
             else:
                 logger.warning("adapter %s stays as it was: %s", record.name, problem)
-        for name in changes.gone:
-            await self._store.withdraw(name)
-            logger.info("adapter %s is gone from its source", name)
+                refusal = AdapterRefusedError(problem.status, problem.kind, problem.message, problem.status < 500)
+                await self._store.put_refused(self._library.refused(record, refusal))
+        for record in changes.refused:
+            await self._store.put_refused(record)
+        await self._withdraw(changes.gone)
 
     def _stored(self) -> frozenset[str]:
         """Digests of the adapters in the node's store; none while it cannot be read."""

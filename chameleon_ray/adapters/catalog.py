@@ -11,9 +11,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 from chameleon_ray.adapters.access import Sources
+from chameleon_ray.adapters.checkpoint import AdapterShape
 from chameleon_ray.adapters.errors import (
     AdapterError,
     AdapterNameError,
@@ -22,7 +24,7 @@ from chameleon_ray.adapters.errors import (
 )
 from chameleon_ray.adapters.modules import ModuleTable
 from chameleon_ray.adapters.peers import Peers, PeerSource
-from chameleon_ray.adapters.record import AdapterRecord
+from chameleon_ray.adapters.record import AdapterRecord, Refusal
 from chameleon_ray.adapters.store import AdapterStore, StoredAdapter
 from chameleon_ray.adapters.validate import (
     AdapterInfo,
@@ -65,26 +67,35 @@ def split_model(model: str, base_name: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class ScanResult:
-    """records: the usable adapters by name; errors: what is wrong with each of the others."""
+    """records: the usable adapters by name; errors: what is wrong with each of the others. shapes: of the usable ones
+    that were read, so that the engine has not said yet whether it can hold them; each shape is one object.
+
+    refused: tombstones of the others, where their names can be asked for. gone: names that were refused and are not
+    configured any more.
+    """
 
     records: Mapping[str, AdapterRecord]
     errors: Mapping[str, AdapterError]
-
-
-@dataclass(frozen=True, slots=True)
-class Changes:
-    """changed: new records, and new versions of known ones; gone: names whose sources have no adapter any more."""
-
-    changed: Sequence[AdapterRecord]
+    shapes: Mapping[str, AdapterShape]
+    refused: Sequence[AdapterRecord]
     gone: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
-class _Read:
-    """A configured adapter's files. stored: None while the record known before is as good; mark: then of the files and
-    the rules that they were read under."""
+class Changes:
+    """changed: new records, and new versions of known ones; gone: names whose sources have no adapter any more.
+    refused: see ScanResult; those only that are not known to be refused for the same reason."""
 
-    mark: str
+    changed: Sequence[AdapterRecord]
+    gone: Sequence[str]
+    refused: Sequence[AdapterRecord] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A configured adapter's files. stored: None while the record known before is as good, as far as that can be told
+    without the module table."""
+
     stored: StoredAdapter | None
 
 
@@ -92,11 +103,17 @@ class AdapterLibrary:
     """Fetching, validation and the node's store behind one door. All methods block; any thread may call them."""
 
     def __init__(
-        self, config: AdaptersConfig, model: ModelConfig, table: Future[ModuleTable], peers: Peers | None = None
+        self,
+        config: AdaptersConfig,
+        model: ModelConfig,
+        table: Future[ModuleTable],
+        peers: Peers | None = None,
+        bounds: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """model: the base model; no adapter may have its name. table: which of its modules take LoRA, once the engine
         has said so; all methods wait for it, ``scan`` after it has read the files. peers: other nodes' stores, asked
-        before an adapter's own source.
+        before an adapter's own source. bounds: what decides which adapters the engine can hold
+        (``EngineConfig.adapter_bounds``).
 
         Raises AdapterStoreError when the store cannot be opened.
         """
@@ -111,7 +128,9 @@ class AdapterLibrary:
         self._store = AdapterStore(Path(config.store_dir), config.store_max_bytes)
         self._validated: set[str] = set()
         self._refreshed: Mapping[str, AdapterRecord] = {}
-        self._modules: dict[tuple[tuple[str, int, int], ...], tuple[tuple[str, int, int], ...]] = {}
+        self._alike: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        rules = [*astuple(self._rules), model.served_name, model.source, dict(bounds)]
+        self._rules_mark = hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:16]
 
     def inspect(self, name: str, uri: str, credentials: str | None = None) -> AdapterRecord:
         """A new record for a run-time load: the adapter at ``uri`` is fetched, validated and put in the store.
@@ -126,23 +145,53 @@ class AdapterLibrary:
         """Records of all adapters that the configuration names.
 
         Adapters whose files have not changed since their ``known`` record keep it, unread. All others are read while
-        the engine starts, and compared with its modules then. One broken adapter harms no other. Raises
-        AdapterSourceError when the configured folder itself cannot be read.
+        the engine starts, those refused before as well, and compared with its modules then. One broken adapter harms no
+        other. Raises AdapterSourceError when the configured folder itself cannot be read.
         """
         uris, errors = self._configured()
         if uris:
             logger.info("Checking %d adapters", len(uris))
-        return ScanResult(self._read_all(uris, known, errors), errors)
+        served = {name: one for name, one in known.items() if one.refusal is None}
+        records, shapes = self._read_all(uris, served, errors)
+        for name, error in errors.items():
+            log_refusal(name, error)
+        unusable = {name: error for name, error in errors.items() if name in uris and name not in records}
+        refused = [self._unread(name, uris[name], known.get(name), error) for name, error in unusable.items()]
+        return ScanResult(records, errors, shapes, refused, _refused_before(known, uris))
+
+    def refused(self, record: AdapterRecord, error: AdapterError) -> AdapterRecord:
+        """The tombstone of a configured adapter that cannot be served."""
+        return record.model_copy(update={"checked": self._checked, "deleted": True, "refusal": Refusal.of(error)})
+
+    def _unread(self, name: str, uri: str, known: AdapterRecord | None, error: AdapterError) -> AdapterRecord:
+        """The same for one without a record. Its digest is that of ``known`` while the files are the same, else empty:
+        of content that nobody has told."""
+        credentials, fingerprint = _credentials(uri, known), ""
+        with suppress(AdapterError):
+            fingerprint = self._sources.find(uri, credentials).fingerprint(uri)
+        same = known is not None and fingerprint != "" and (known.uri, known.fingerprint) == (uri, fingerprint)
+        record = AdapterRecord(
+            name=name,
+            digest=known.digest if known is not None and same else "",
+            uri=uri,
+            credentials=credentials,
+            rank=0,
+            size_bytes=0,
+            fingerprint=fingerprint,
+        )
+        return self.refused(record, error)
 
     def _read_all(
         self, uris: Mapping[str, str], known: Mapping[str, AdapterRecord], errors: dict[str, AdapterError]
-    ) -> dict[str, AdapterRecord]:
+    ) -> tuple[dict[str, AdapterRecord], dict[str, AdapterShape]]:
         read = self._for_each(uris, lambda name: self._read(uris[name], known.get(name)), errors, "Read")
         self._table.result()
-        records = self._for_each(
+        settled = self._for_each(
             read, lambda name: self._settle(name, uris[name], read[name], known.get(name)), errors, "Checked"
         )
-        return {name: records[name] for name in uris if name in records}
+        found = {name: settled[name] for name in uris if name in settled}
+        shapes = {name: stored.info.shape for name, (_, stored) in found.items() if stored is not None}
+        return {name: record for name, (record, _) in found.items()}, shapes
 
     def refresh(self, known: Mapping[str, AdapterRecord]) -> Changes:
         """What has changed since the ``known`` records were made: of the configured adapters, and of the remote ones
@@ -155,10 +204,17 @@ class AdapterLibrary:
         uris = {name: uri for name, uri in uris.items() if name not in known or known[name].origin == "config"}
         # Of the same content, this node's own record knows the files' dates here.
         mine = {name: one for name, one in self._refreshed.items() if name in live and _same(one, live[name])}
-        self._refreshed = self._read_all(uris, {**known, **mine}, errors)
+        self._refreshed, _ = self._read_all(uris, {**known, **mine}, errors)
         changed = [one for name, one in self._refreshed.items() if name not in live or not _same(one, live[name])]
         gone += [name for name, error in errors.items() if name in live and isinstance(error, AdapterNotFoundError)]
-        return Changes(changed, gone)
+        refused = []
+        for name, error in errors.items():
+            before = known.get(name)
+            if before is None or before.refusal != Refusal.of(error):
+                log_refusal(name, error)
+                if name in uris and name not in self._refreshed and name not in gone:
+                    refused.append(self._unread(name, uris[name], before, error))
+        return Changes(changed, gone + _refused_before(known, uris), tuple(refused))
 
     def ensure(self, record: AdapterRecord) -> Path:
         """The folder with the record's files, fetched if they are not in the store, validated either way.
@@ -218,7 +274,6 @@ class AdapterLibrary:
                     done[name] = future.result()
                 except AdapterError as error:
                     errors[name] = error
-                    logger.warning("Adapter %s is not served: %s", name, error)
                 if count % _PROGRESS_EVERY == 0 or count == len(pending):
                     logger.info("%s %d of %d adapters, %d unusable", verb, count, len(pending), len(errors))
         return done
@@ -226,21 +281,30 @@ class AdapterLibrary:
     def _read(self, uri: str, known: AdapterRecord | None) -> _Read:
         """The first half of a scan, which needs no module table."""
         credentials = _credentials(uri, known)
-        if known is not None and not known.deleted and known.uri == uri:
-            mark = self._mark(self._sources.find(uri, credentials).fingerprint(uri))
-            if known.fingerprint.startswith(f"{mark}:"):
-                return _Read(mark, None)
-        return _Read("", self._add(uri, credentials, self._read_info))
+        if (
+            known is not None
+            and known.uri == uri
+            and known.checked.startswith(f"{self._rules_mark}:")
+            and (known.refusal.is_permanent if known.refusal else not known.deleted)
+            and known.fingerprint == self._sources.find(uri, credentials).fingerprint(uri)
+        ):
+            return _Read(None)
+        return _Read(self._add(uri, credentials, self._read_info))
 
-    def _settle(self, name: str, uri: str, read: _Read, known: AdapterRecord | None) -> AdapterRecord:
+    def _settle(
+        self, name: str, uri: str, read: _Read, known: AdapterRecord | None
+    ) -> tuple[AdapterRecord, StoredAdapter | None]:
         """The second half: the record, once the adapter fits the engine's modules."""
         stored, credentials = read.stored, _credentials(uri, known)
         if stored is None:
-            if known is not None and known.fingerprint == f"{read.mark}:{self._table.result().mark}":
-                return known
+            assert known is not None
+            if known.checked == self._checked:
+                if known.refusal is not None:
+                    raise known.refusal.error()
+                return known, None
             stored = self._add(uri, credentials, self._read_info)  # The base model has changed.
         check_fits(stored.info.modules, stored.info.targets, self._table.result())
-        return self._record(name, uri, credentials, stored)
+        return self._record(name, uri, credentials, stored), stored
 
     def _add(self, uri: str, credentials: str | None, validator: Callable[[Path], AdapterInfo]) -> StoredAdapter:
         source = self._sources.find(uri, credentials)
@@ -259,15 +323,14 @@ class AdapterLibrary:
             size_bytes=info.size_bytes,
             base_model=info.base_model,
             warnings=info.warnings if foreign is None else (*info.warnings, foreign),
-            fingerprint=f"{self._mark(stored.mark)}:{self._table.result().mark}",
+            fingerprint=stored.mark,
+            checked=self._checked,
         )
 
-    def _mark(self, fingerprint: str) -> str:
-        """Changes with the files at a source and with the rules that they are read under; with the table's mark behind
-        it, it is a record's fingerprint, so that no record outlives what it was checked against."""
-        served = [self._model.served_name, self._model.source]
-        rules = hashlib.sha256(json.dumps([*astuple(self._rules), *served]).encode()).hexdigest()[:16]
-        return f"{fingerprint}:{rules}"
+    @property
+    def _checked(self) -> str:
+        """So that no record outlives what it was checked against."""
+        return f"{self._rules_mark}:{self._table.result().mark}"
 
     def _validate(self, folder: Path) -> AdapterInfo:
         return validate_adapter(folder, self._table.result(), self._rules)
@@ -275,7 +338,8 @@ class AdapterLibrary:
     def _read_info(self, folder: Path) -> AdapterInfo:
         info = read_info(folder, self._rules)
         # Thousands of adapters, all with the same modules: keep one list of them.
-        return replace(info, modules=self._modules.setdefault(info.modules, info.modules))
+        modules, shape = (self._alike.setdefault(one, one) for one in (info.modules, info.shape))
+        return replace(info, modules=modules, shape=shape)
 
     def _is_from_folder(self, record: AdapterRecord) -> bool:
         folder = self._config.folder
@@ -297,6 +361,16 @@ class AdapterLibrary:
             else:
                 uris[name] = uri
         return uris, errors
+
+
+def log_refusal(name: str, error: AdapterError) -> None:
+    """Of an adapter that the configuration names."""
+    logger.warning("Adapter %s is not served: %s", name, error)
+
+
+def _refused_before(known: Mapping[str, AdapterRecord], uris: Mapping[str, str]) -> list[str]:
+    """Names that are refused and not configured any more."""
+    return [name for name, one in known.items() if one.refusal is not None and name not in uris]
 
 
 def _credentials(uri: str, known: AdapterRecord | None) -> str | None:

@@ -13,6 +13,9 @@ from chameleon_ray.adapters.peft_config import LoraConfig
 from chameleon_ray.adapters.safetensors_header import HeaderError, TensorEntry, read_header
 from chameleon_ray.adapters.sources import WEIGHTS_FILE
 
+AdapterShape = tuple[tuple[str, int], ...]
+"""(module's name in checkpoints, rank) of each of an adapter's modules, sorted: what its size depends on."""
+
 FLOATING = ("F32", "F16", "BF16")
 """Types that weights may have, as safetensors names them."""
 
@@ -57,6 +60,11 @@ class Checkpoint:
     def modules(self) -> tuple[tuple[str, int, int], ...]:
         """(name, out_features, in_features) of each."""
         return tuple((name, pair.out_features, pair.in_features) for name, pair in self.pairs.items())
+
+    @property
+    def shape(self) -> AdapterShape:
+        """Name and rank of each."""
+        return tuple((name, pair.rank) for name, pair in self.pairs.items())
 
     @property
     def rank(self) -> int:

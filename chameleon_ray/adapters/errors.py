@@ -100,6 +100,19 @@ class AdapterNoRoomError(AdapterError):
     is_permanent = True
 
 
+class AdapterRefusedError(AdapterError):
+    """A configured adapter that was found unusable before, and has not changed since: with that error's values."""
+
+    def __init__(self, http_status: int, code: str, reason: str, is_permanent: bool) -> None:
+        super().__init__(http_status, code, reason, is_permanent)
+        self.http_status = http_status  # type: ignore[misc]
+        self.code = code  # type: ignore[misc]
+        self.is_permanent = is_permanent  # type: ignore[misc]
+
+    def __str__(self) -> str:
+        return str(self.args[2])
+
+
 class AdapterRetryLaterError(AdapterError):
     """The adapter failed a moment ago and is not tried again before ``retry_after_s`` have passed.
 

@@ -4,7 +4,28 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from chameleon_ray.adapters.errors import AdapterError, AdapterRefusedError
 from chameleon_ray.adapters.identity import AdapterId
+
+
+class Refusal(BaseModel):
+    """Why a configured adapter is not served: an AdapterError as plain values (see there)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    status: int
+    code: str
+    reason: str
+    is_permanent: bool
+
+    @classmethod
+    def of(cls, error: AdapterError) -> "Refusal":
+        """The error as a refusal."""
+        return cls(status=error.http_status, code=error.code, reason=str(error), is_permanent=error.is_permanent)
+
+    def error(self) -> AdapterError:
+        """The refusal as an error again."""
+        return AdapterRefusedError(self.status, self.code, self.reason, self.is_permanent)
 
 
 class AdapterRecord(BaseModel):
@@ -27,7 +48,13 @@ class AdapterRecord(BaseModel):
     version: int = 0
     origin: Literal["config", "runtime"] = "config"
     fingerprint: str = Field(default="", description="cheap change mark of the source files (sizes and mtimes)")
-    deleted: bool = Field(default=False, description="a tombstone: unloaded at run time, kept so that it stays so")
+    checked: str = Field(default="", description="mark of all that it was checked against: rules, base model, engine")
+    deleted: bool = Field(
+        default=False, description="a tombstone: unloaded at run time, kept so that it stays so; or refused"
+    )
+    refusal: Refusal | None = Field(
+        default=None, description="why it is not served, although the configuration names it"
+    )
 
     @property
     def id(self) -> AdapterId:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from chameleon_ray.adapters.checkpoint import Checkpoint, LoraPair, read_checkpoint
+from chameleon_ray.adapters.checkpoint import AdapterShape, Checkpoint, LoraPair, read_checkpoint
 from chameleon_ray.adapters.errors import AdapterInvalidError, AdapterTooLargeError
 from chameleon_ray.adapters.modules import ModuleTable
 from chameleon_ray.adapters.safetensors_header import TensorEntry
@@ -51,6 +51,7 @@ class AdapterInfo:
     base_model: str
     warnings: tuple[str, ...]
     modules: tuple[tuple[str, int, int], ...]
+    shape: AdapterShape
     targets: tuple[str, ...]
 
 
@@ -84,6 +85,7 @@ def read_info(folder: Path, rules: Rules) -> AdapterInfo:
         base_model=checkpoint.config.base_model,
         warnings=checkpoint.config.warnings,
         modules=checkpoint.modules,
+        shape=checkpoint.shape,
         targets=checkpoint.config.targets,
     )
 

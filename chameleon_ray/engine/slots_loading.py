@@ -11,7 +11,7 @@ from typing import Any
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 
-from chameleon_ray.adapters.checkpoint import Checkpoint, read_checkpoint
+from chameleon_ray.adapters.checkpoint import AdapterShape, read_checkpoint
 from chameleon_ray.adapters.sources import WEIGHTS_FILE
 from chameleon_ray.engine.modules import EngineNames
 from chameleon_ray.engine.weights import read_weights
@@ -29,7 +29,7 @@ class ScaledLoRAModel(LoRAModel):
         """In the place of vLLM's. Raises AdapterInvalidError, ValueError or OSError."""
         folder = Path(lora_dir)
         checkpoint = read_checkpoint(folder)
-        check_experts(checkpoint, {name for name in expected_lora_modules if name.startswith(_EXPERTS)})
+        check_experts(checkpoint.shape, {name for name in expected_lora_modules if name.startswith(_EXPERTS)})
         view = read_weights(folder / WEIGHTS_FILE)
         tensors = {}
         for name, pair in checkpoint.pairs.items():
@@ -53,15 +53,15 @@ def expected_experts(supported: Iterable[str], packed: Mapping[str, Sequence[str
     return frozenset(name for name in names if name.startswith(_EXPERTS))
 
 
-def check_experts(checkpoint: Checkpoint, expected: Set[str]) -> None:
+def check_experts(shape: AdapterShape, expected: Set[str]) -> None:
     """vLLM stacks the adapters of all experts of a layer: none may be missing or of another rank. Raises ValueError."""
     layers: dict[str, set[str]] = {}
     ranks = set()
-    for name, pair in checkpoint.pairs.items():
+    for name, rank in shape:
         layer, found, expert = name.partition(f".{_EXPERTS}")
         if found:
             layers.setdefault(layer, set()).add(_EXPERTS + expert)
-            ranks.add(pair.rank)
+            ranks.add(rank)
     for layer, experts in layers.items():
         if missing := sorted(expected - experts):
             raise ValueError(f"{layer}.{missing[0]} has no weights: vLLM needs all experts of a layer, or none")

@@ -20,7 +20,7 @@ from chameleon_ray.placement.view import ClusterView
 
 logger = logging.getLogger(__name__)
 
-_Mode = Literal["add", "replace", "config", "remove", "withdraw"]
+_Mode = Literal["add", "replace", "config", "refuse", "remove", "withdraw"]
 
 
 class CatalogStore:
@@ -53,12 +53,12 @@ class CatalogStore:
     async def put_config(self, record: AdapterRecord) -> AdapterRecord:
         """Offer a record found in the configured folder or list; returns what holds for the name afterwards.
 
-        Written when the name is new, or when its record is a live one of origin "config" with another digest or uri.
-        Not written, so that any number of processes may offer the same again and again: when digest and uri are the
-        same (a different ``fingerprint`` alone changes nothing: nodes differ in it), when the name was loaded at run
-        time, and when it was unloaded (the result is its tombstone, ``deleted``): the last word of an operator at run
-        time holds until the next one. What was only withdrawn comes back. ValueError unless ``record.origin`` is
-        "config".
+        Written when the name is new, or when its record is a live one of origin "config" with another digest or uri, or
+        checked against other rules. Not written, so that any number of processes may offer the same again and again:
+        when these are the same (a different ``fingerprint`` alone changes nothing: nodes differ in it), when the name
+        was loaded at run time, and when it was unloaded (the result is its tombstone, ``deleted``): the last word of an
+        operator at run time holds until the next one. What was only withdrawn or refused comes back. ValueError unless
+        ``record.origin`` is "config".
         """
         if record.origin != "config":
             raise ValueError(
@@ -77,8 +77,19 @@ class CatalogStore:
         return record
 
     async def withdraw(self, name: str) -> None:
-        """Take a record of origin "config" out because its source has no such adapter any more; no other is touched."""
+        """Take a record of origin "config" out because its source has no such adapter any more; no other is touched.
+        What was refused is just unknown then."""
         await self._write("withdraw", name, "")
+
+    async def put_refused(self, record: AdapterRecord) -> None:
+        """Say that a configured adapter is not served, and why. record: a tombstone with a ``refusal``.
+
+        Not written when an operator's word at run time holds for the name, or while something is served under it,
+        unless just that content is refused for good.
+        """
+        if record.refusal is None or not record.deleted or record.origin != "config":
+            raise ValueError(f"{record.name}: put_refused takes tombstones of origin 'config' with a refusal")
+        await self._write("refuse", record.name, record.model_dump_json())
 
     async def restore(self, records: Iterable[AdapterRecord]) -> int:
         """Put back each record (tombstones too) that the store lacks or has in a lower version; how many it took."""

@@ -33,20 +33,29 @@ local mode, name, seen = ARGV[3], ARGV[4], tonumber(ARGV[6])
 if version < seen and ARGV[7] ~= '1' then return {'behind', ''} end
 local old, old_json = stored(name)
 local live = old and not old.deleted
+local was_refused = old and type(old.refusal) == 'table'
 local record
 if mode == 'remove' or mode == 'withdraw' then
-  if not live then return {'unknown', ''} end
+  if not live and not (mode == 'withdraw' and was_refused) then return {'unknown', ''} end
   if mode == 'withdraw' and old.origin ~= 'config' then return {'kept', old_json} end
   record = old
   record.deleted = true
+  record.refusal = nil
   -- A tombstone of origin config is no operator's word: what was withdrawn may come back.
   if mode == 'remove' then record.origin = 'runtime' end
 else
   record = cjson.decode(ARGV[5])
   if mode == 'add' and live then return {'conflict', old_json} end
   if mode == 'config' and old then
-    local same = old.digest == record.digest and old.uri == record.uri
+    local same = old.digest == record.digest and old.uri == record.uri and old.checked == record.checked
     if old.origin ~= 'config' or (same and live) then return {'kept', old_json} end
+  end
+  if mode == 'refuse' and old then
+    -- What is served goes only when just that is refused for good.
+    local serves_on = live and not (record.refusal.is_permanent and old.digest == record.digest)
+    local same = was_refused and old.refusal.reason == record.refusal.reason and old.fingerprint == record.fingerprint
+      and old.checked == record.checked
+    if old.origin ~= 'config' or serves_on or same then return {'kept', old_json} end
   end
 end
 record.version = math.max(version, seen, old and tonumber(old.version) or 0) + 1

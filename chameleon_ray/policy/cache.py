@@ -18,7 +18,6 @@ import numpy as np
 
 from chameleon_ray.policy.adapter import Adapter, Tier
 from chameleon_ray.policy.cache_types import (
-    AdapterTooLarge,
     CacheConfig,
     CacheCorrupt,
     CacheStats,
@@ -65,15 +64,7 @@ class AdapterCache:
             self._residency.set_retired(known, False)
             self.set_on_disk(adapter.digest, on_disk)
             return
-        if not 0 < num_blocks <= self.config.max_blocks:
-            raise AdapterTooLarge(
-                f"it takes {num_blocks} blocks of KV memory, and all adapters may hold {self.config.max_blocks}"
-            )
-        if not 0 < adapter.size_bytes <= self.config.adapter_host_bytes:
-            raise AdapterTooLarge(
-                f"it takes {adapter.size_bytes} bytes of host memory, and all adapters may hold "
-                f"{self.config.adapter_host_bytes}"
-            )
+        self.config.check_size(num_blocks, adapter.size_bytes)
         row = self._history.add(adapter.digest, adapter.size_bytes, num_blocks)
         entry = Entry(adapter, num_blocks, row, on_disk)
         self._residency.add(entry)

@@ -72,6 +72,17 @@ class CacheConfig:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
 
+    def check_size(self, num_blocks: int, size_bytes: int) -> None:
+        """Raises AdapterTooLarge for an adapter that can never be resident."""
+        if not 0 < num_blocks <= self.max_blocks:
+            raise AdapterTooLarge(
+                f"it takes {num_blocks} blocks of KV memory, and all adapters may hold {self.max_blocks}"
+            )
+        if not 0 < size_bytes <= self.adapter_host_bytes:
+            raise AdapterTooLarge(
+                f"it takes {size_bytes} bytes of host memory, and all adapters may hold {self.adapter_host_bytes}"
+            )
+
 
 class EvictReason(StrEnum):
     """Why an adapter leaves the GPU."""

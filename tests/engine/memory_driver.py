@@ -4,6 +4,7 @@ otherwise has threads of its own."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
+from dataclasses import asdict
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
@@ -167,9 +168,12 @@ class EngineFront:
         if (report := self.reporter.take()) is not None:
             self.stats.record(SchedulerStats(kv_connector_stats=report.data), None)
 
-    async def _call(self, method: str, digests: list[str]) -> list[str]:
+    async def _call(self, method: str, given: list[Any]) -> list[Any]:
+        memory = self._driver.memory
+        if method == "measure_adapters":
+            return [asdict(memory.measure(shape)) for shape in given]
         assert method == "retire_adapters"
-        return self._driver.memory.retire(digests)
+        return memory.retire(given)
 
 
 def sizes(of: object) -> dict[str, int]:

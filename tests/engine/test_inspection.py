@@ -1,5 +1,6 @@
 """What the engine says of an adapter before any request uses it."""
 
+import asyncio
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,13 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from engine_harness import PagedEngine
+from memory_driver import EngineFront, MemoryDriver
 from safetensors.torch import load_file, save_file
 
-from chameleon_ray.adapters.errors import AdapterError, AdapterInvalidError, AdapterLoadError
+from chameleon_ray.adapters.checkpoint import read_checkpoint
+from chameleon_ray.adapters.errors import AdapterError, AdapterInvalidError, AdapterLoadError, AdapterTooLargeError
+from chameleon_ray.adapters.modules import ModuleTable
 from chameleon_ray.demo import DemoPaths
 from chameleon_ray.engine.inspection import Inspection, engine_error
 from chameleon_ray.engine.paged import host
 from chameleon_ray.engine.paged.options import PagedSettings
+from chameleon_ray.engine.slots.messages import SlotLayout
+from chameleon_ray.engine.slots.storage import SlotStorage
 
 PROMPT = list(range(10, 40))
 
@@ -28,6 +34,38 @@ def inspect(engine: PagedEngine, folder: Path, whole: bool = True) -> Inspection
     engine.settle()
     [answer] = answers
     return answer
+
+
+def test_what_an_adapter_takes_is_told_by_its_shape_alone(engine: PagedEngine, demo: DemoPaths) -> None:
+    for name in demo.adapter_names()[:5]:  # one of each rank
+        folder = demo.adapters / name
+        measured = engine.memory.measure(read_checkpoint(folder).shape)
+        assert measured == inspect(engine, folder, whole=False) and measured.num_blocks > 0
+    huge = tuple((name, 1024) for name, _ in read_checkpoint(folder).shape)
+    found = engine.memory.measure(huge)
+    assert found.code == AdapterTooLargeError.code and "blocks of KV memory" in found.reason
+
+
+def test_one_question_for_all_adapters_of_a_scan(tiny_table: ModuleTable) -> None:
+    driver = MemoryDriver(tiny_table, lambda: 0.0)
+    front = EngineFront(driver, tiny_table, lambda: 0.0)
+    names = [module.name for module in tiny_table.modules.values()]
+    shapes = [tuple((name, rank) for name in names) for rank in range(1, 200)]
+    answers = asyncio.run(front.server.measure(shapes))
+    assert [answer is None for answer in answers] == sorted((answer is None for answer in answers), reverse=True)
+    assert answers[0] is None and isinstance(answers[-1], AdapterTooLargeError)
+    assert "host memory" in str(answers[-1]) or "KV memory" in str(answers[-1])
+    assert not driver.memory._known and driver.memory.num_inspection_failures == 0
+    driver.close()
+
+
+def test_slots_count_the_weights(tiny_table: ModuleTable, write_adapter: Callable[..., Path], tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "a", rank=3)
+    storage = SlotStorage(SlotLayout(tiny_table, frozenset(), num_slots=2, slot_bytes=1, element_bytes=2), 64)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    summary = storage.summarise(folder, max_rank=8)
+    assert (summary.rank, summary.num_blocks) == (3, 1)
+    assert summary.size_bytes == sum(tensor.numel() * 2 for tensor in tensors.values())
 
 
 @pytest.fixture

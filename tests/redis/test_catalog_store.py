@@ -8,7 +8,7 @@ import time
 import pytest
 import redis
 
-from chameleon_ray.adapters.record import AdapterRecord
+from chameleon_ray.adapters.record import AdapterRecord, Refusal
 from chameleon_ray.config import RedisConfig
 from chameleon_ray.placement import (
     AdapterUnknownError,
@@ -129,12 +129,62 @@ async def test_what_was_withdrawn_comes_back_and_what_an_operator_loaded_stays(c
     assert await store.lookup("chat") == loaded
 
 
+def refused(name: str, digest: str = "", *, is_permanent: bool = True, reason: str = "too large") -> AdapterRecord:
+    refusal = Refusal(status=413, code="adapter_too_large", reason=reason, is_permanent=is_permanent)
+    return record(name, digest, origin="config", deleted=True, refusal=refusal)
+
+
+async def test_refusals_are_known_by_name_until_they_are_over(config, make_store, follow):
+    follower, store = follow(config), make_store(config)
+    await store.put_refused(refused("sql"))
+    assert await seen(follower, lambda view: "sql" in view.tombstones)
+    told = follower.view().tombstones["sql"]
+    assert told == refused("sql").model_copy(update={"version": 1}) and not follower.view().catalog
+    assert await store.lookup("sql") is None
+    await store.put_refused(refused("sql"))
+    await store.put_refused(refused("sql", reason="not finite"))
+    assert await seen(follower, lambda view: view.catalog_version >= 2)
+    assert follower.view().tombstones["sql"].refusal.reason == "not finite", "the same again is not written"
+    served = await store.put_config(record("sql", origin="config"))
+    assert (served.version, served.refusal, served.deleted) == (3, None, False)
+    await store.put_refused(refused("chat"))
+    await store.withdraw("chat")
+    assert await seen(follower, lambda view: view.catalog_version == 5)
+    assert follower.view().tombstones["chat"].refusal is None
+
+
+async def test_what_is_served_goes_only_when_just_that_is_refused_for_good(config, make_store):
+    store = make_store(config)
+    served = await store.put_config(record("sql", "d1", origin="config"))
+    for other in (refused("sql", "d2"), refused("sql"), refused("sql", "d1", is_permanent=False)):
+        await store.put_refused(other)
+        assert await store.lookup("sql") == served
+    await store.put_refused(refused("sql", "d1"))
+    assert await store.lookup("sql") is None
+    loaded = await store.put(record("sql", "d1"), replace=False)
+    await store.put_refused(refused("sql", "d1"))
+    assert await store.lookup("sql") == loaded, "an operator's word"
+    unloaded = await store.remove("sql")
+    await store.put_refused(refused("sql", "d1"))
+    assert await store.put_config(record("sql", "d1", origin="config")) == unloaded
+
+
+async def test_records_checked_against_other_rules_are_written_anew(config, make_store):
+    store = make_store(config)
+    first = await store.put_config(record("sql", origin="config", checked="these"))
+    assert await store.put_config(record("sql", origin="config", checked="these")) == first
+    again = await store.put_config(record("sql", origin="config", checked="those"))
+    assert (again.checked, again.version) == ("those", 2)
+
+
 async def test_misuse_is_refused(config, make_store):
     store = make_store(config)
     with pytest.raises(ValueError, match="use put for 'runtime'"):
         await store.put_config(record("sql"))
     with pytest.raises(ValueError, match=r"remove\(\)"):
         await store.put(record("sql", deleted=True), replace=True)
+    with pytest.raises(ValueError, match="with a refusal"):
+        await store.put_refused(record("sql", origin="config", deleted=True))
     with pytest.raises(ValueError, match=r"redis\.url"):
         CatalogStore(RedisConfig())
 

@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 from fastapi.routing import APIRoute
 
-from chameleon_ray.adapters.record import AdapterRecord
+from chameleon_ray.adapters.record import AdapterRecord, Refusal
 from chameleon_ray.config import AppConfig
 from chameleon_ray.placement import ClusterFollower, ReplicaPublisher, ReplicaReport, shared_follower
 from chameleon_ray.progress import Progress
@@ -119,6 +119,27 @@ async def test_until_the_catalog_is_read_only_the_base_model_is_served(start, ma
     await wait_until(lambda: not follower.view().connected)
     assert (await complete(client, "sql")).status_code == 200, "what was read once serves on"
     assert (await complete(client, "no-such")).status_code == 404
+
+
+async def test_a_configured_adapter_that_is_refused_says_why(start, make_server, make_store) -> None:
+    client, follower = start(make_server())
+    store = make_store(follower._config)
+    for name, status in (("huge", 413), ("away", 502)):
+        refusal = Refusal(status=status, code="adapter_x", reason="it takes 9 blocks", is_permanent=status < 500)
+        record = AdapterRecord(name=name, digest="", uri="/x", rank=0, size_bytes=0, deleted=True, refusal=refusal)
+        await store.put_refused(record)
+    await wait_until(lambda: len(follower.view().tombstones) == 2)
+    for response in (await complete(client, "huge"), await complete(client, "base:huge")):
+        error = response.json()["error"]
+        assert (response.status_code, error["type"], error["param"]) == (413, "adapter_x", "model")
+        assert error["message"] == "The adapter 'huge' is not served: it takes 9 blocks"
+        assert "Retry-After" not in response.headers
+    away = await complete(client, "away")
+    assert away.status_code == 502 and int(away.headers["Retry-After"]) >= 1
+    assert (await client.get("/v1/models/huge")).status_code == 413
+    assert [card["id"] for card in (await client.get("/v1/models")).json()["data"]] == ["base"]
+    placement = (await client.get("/v1/chameleon/placement")).json()
+    assert placement["refused"] == dict.fromkeys(("huge", "away"), "it takes 9 blocks")
 
 
 async def test_health_says_what_is_missing(start, make_server, make_publisher, kill) -> None:

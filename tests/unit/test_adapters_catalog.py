@@ -3,7 +3,7 @@
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from chameleon_ray.adapters.errors import (
     AdapterTooLargeError,
 )
 from chameleon_ray.adapters.modules import Module, ModuleTable
+from chameleon_ray.adapters.sources import LocalSource
 from chameleon_ray.config import AdaptersConfig, AdapterSource, ModelConfig
 
 WriteAdapter = Callable[..., Path]
@@ -33,10 +34,12 @@ MakeLibrary = Callable[..., AdapterLibrary]
 def library(tiny_table: ModuleTable, as_future: AsFuture, tmp_path: Path) -> MakeLibrary:
     (tmp_path / "folder").mkdir()
 
-    def make(table: ModuleTable | Future[ModuleTable] = tiny_table, **options: Any) -> AdapterLibrary:
+    def make(
+        table: ModuleTable | Future[ModuleTable] = tiny_table, bounds: Mapping[str, Any] | None = None, **options: Any
+    ) -> AdapterLibrary:
         answer = as_future(table) if isinstance(table, ModuleTable) else table
         settings = {"folder": str(tmp_path / "folder"), "store_dir": str(tmp_path / "store"), "max_rank": 64} | options
-        return AdapterLibrary(AdaptersConfig(**settings), ModelConfig(source="base"), answer)
+        return AdapterLibrary(AdaptersConfig(**settings), ModelConfig(source="base"), answer, bounds=bounds or {})
 
     return make
 
@@ -176,6 +179,70 @@ def test_scan_trusts_no_record_made_under_other_rules(
     assert isinstance(library(other_base).scan(known).errors["a"], AdapterInvalidError)
     with pytest.raises(AdapterInvalidError, match="another base model"):
         library(other_base).ensure(known["a"])  # though its files are in the store
+
+
+def test_a_scan_tells_shapes_once_and_what_is_refused(
+    write_adapter: WriteAdapter, library: MakeLibrary, tmp_path: Path
+) -> None:
+    folder = tmp_path / "folder"
+    for seed, name in enumerate("abc"):
+        write_adapter(folder / name, rank=4 if name < "c" else 8, seed=seed)
+    write_adapter(folder / "high", rank=65)
+    found = library(preload=[AdapterSource(name="a", uri=str(folder / "b"))]).scan({})
+    assert found.shapes["a"] is found.shapes["b"] and {rank for _, rank in found.shapes["c"]} == {8}
+    [tombstone] = found.refused
+    assert (tombstone.name, tombstone.uri, tombstone.deleted) == ("high", str(folder / "high"), True)
+    assert tombstone.refusal is not None and tombstone.refusal.status == 413
+    assert str(tombstone.refusal.error()) == str(found.errors["high"]) and tombstone.refusal.is_permanent
+
+    shutil.rmtree(folder / "high")
+    again = library().scan({**found.records, "high": tombstone})
+    assert again.records == found.records and not again.shapes, "the engine has said of these that it can hold them"
+    assert (again.refused, again.gone) == ([], ["high"])
+
+
+def test_an_engine_with_other_bounds_is_asked_again(
+    write_adapter: WriteAdapter, library: MakeLibrary, tmp_path: Path
+) -> None:
+    write_adapter(tmp_path / "folder" / "a")
+    known = library(bounds={"adapter_host_gib": 4.0}).scan({}).records
+    assert not library(bounds={"adapter_host_gib": 4.0}).scan(known).shapes
+    other = library(bounds={"adapter_host_gib": 1.0}).scan(known)
+    assert other.shapes.keys() == {"a"} and other.records["a"].checked != known["a"].checked
+
+
+def test_a_known_content_that_other_rules_refuse_is_named(
+    write_adapter: WriteAdapter, library: MakeLibrary, tmp_path: Path
+) -> None:
+    folder = write_adapter(tmp_path / "folder" / "a", rank=32)
+    known = library().scan({}).records
+    [refused] = library(max_rank=16).scan(known).refused
+    assert refused.digest == known["a"].digest
+    write_adapter(folder, rank=32, seed=3)
+    os.utime(folder / "adapter_model.safetensors", ns=(0, 0))
+    [refused] = library(max_rank=16).scan(known).refused
+    assert refused.digest == "", "nobody has said what it is, and the known content may be served on"
+
+
+def test_a_refresh_reads_what_is_refused_once(
+    write_adapter: WriteAdapter, library: MakeLibrary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_adapter(tmp_path / "folder" / "a", rank=65)
+    shelf = library()
+    [refused] = shelf.refresh({}).refused
+    read: list[str] = []
+    fetch = LocalSource.fetch
+    monkeypatch.setattr(
+        LocalSource,
+        "fetch",
+        lambda source, uri, into, *, max_bytes: read.append(uri) or fetch(source, uri, into, max_bytes=max_bytes),
+    )
+    assert not shelf.refresh({"a": refused}).refused and not read
+    write_adapter(folder, rank=8)
+    changes = shelf.refresh({"a": refused})
+    assert [record.name for record in changes.changed] == ["a"] and not changes.refused and read == [str(folder)]
+    shutil.rmtree(folder)
+    assert shelf.refresh({"a": refused}).gone == ["a"]
 
 
 def test_run_time_loads(write_adapter: WriteAdapter, library: MakeLibrary, tmp_path: Path) -> None:

@@ -257,9 +257,9 @@ def test_nothing_is_fetched_for_an_adapter_that_the_engine_has_in_memory(
     fetched: list[str] = []
     fetch = LocalSource.fetch
 
-    def counting(source: LocalSource, uri: str, into: Path, *, max_bytes: int) -> None:
+    def counting(source: LocalSource, uri: str, into: Path, *, max_bytes: int) -> str:
         fetched.append(uri)
-        fetch(source, uri, into, max_bytes=max_bytes)
+        return fetch(source, uri, into, max_bytes=max_bytes)
 
     async def use(local: LocalAdapters) -> None:
         async with local.use(record) as folder:

@@ -57,6 +57,12 @@ def test_describes_a_good_adapter(write_adapter: WriteAdapter, check: Check, tmp
             ("model.layers.1.mlp.down_proj", 32, 24),
             ("model.layers.1.self_attn.q_proj", 16, 32),
         ),
+        shape=(
+            ("model.layers.0.mlp.down_proj", 8),
+            ("model.layers.0.self_attn.q_proj", 8),
+            ("model.layers.1.mlp.down_proj", 8),
+            ("model.layers.1.self_attn.q_proj", 8),
+        ),
         targets=("down_proj", "q_proj"),
     )
 

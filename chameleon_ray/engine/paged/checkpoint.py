@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from chameleon_kernels import RowPlan, layer_parts, plan_rows, write_rows
 
-from chameleon_ray.adapters.checkpoint import Checkpoint, read_checkpoint
+from chameleon_ray.adapters.checkpoint import AdapterShape, Checkpoint, read_checkpoint
 from chameleon_ray.adapters.errors import AdapterError, AdapterInvalidError, AdapterTooLargeError
 from chameleon_ray.adapters.modules import ModuleTable
 from chameleon_ray.adapters.sources import WEIGHTS_FILE
@@ -39,11 +39,15 @@ class AdapterSummary:
 
 def summarise(folder: Path, layout: ModelLayout, max_rank: int) -> AdapterSummary:
     """Reads the two files' headers only. Raises AdapterFilesError or OSError."""
-    checkpoint = read_fitting(folder, layout.table, max_rank)
+    return measure(read_fitting(folder, layout.table, max_rank).shape, layout)
+
+
+def measure(shape: AdapterShape, layout: ModelLayout) -> AdapterSummary:
+    """What an adapter of that shape takes, whose modules are all the model's."""
     ranks = [0] * len(slice_shapes(layout))
-    for name, pair in checkpoint.pairs.items():
+    for name, rank in shape:
         _, slice_index = layout.targets[layout.table.find(name)]
-        ranks[slice_index] = max(ranks[slice_index], pair.rank)
+        ranks[slice_index] = max(ranks[slice_index], rank)
     num_pages = pack_plan(layout, tuple(ranks)).num_pages
     num_blocks = -(-num_pages // layout.pages_per_block)
     size_bytes = num_pages * layout.page_elems * layout.element_bytes * layout.num_layers

@@ -17,6 +17,7 @@ from vllm.lora.utils import get_adapter_absolute_path
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.request import Request, RequestStatus
 
+from chameleon_ray.adapters.checkpoint import AdapterShape
 from chameleon_ray.adapters.errors import (
     AdapterInvalidError,
     AdapterLoadError,
@@ -161,6 +162,17 @@ class AdapterMemory:
             self._begin_inspection(known)
         else:
             self._answer_or_try(known, known.summary)
+
+    def measure(self, shape: AdapterShape) -> Inspection:
+        """The same for any adapter of that shape, known by it alone; nothing is read and nothing kept."""
+        try:
+            summary = self.storage.measure(shape)
+            self.policy.config.cache.check_size(summary.num_blocks, summary.size_bytes)
+        except AdapterFilesError as error:
+            return Inspection(code=error.code, reason=str(error))
+        except AdapterTooLarge as error:
+            return Inspection(code=AdapterTooLargeError.code, reason=str(error))
+        return Inspection(summary.num_blocks, summary.size_bytes)
 
     # What happens to requests
 

@@ -20,6 +20,7 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from chameleon_ray.adapters.checkpoint import AdapterShape
 from chameleon_ray.engine.paged.connector import PagedConnector
 from chameleon_ray.engine.paged.memory import AdapterMemory
 from chameleon_ray.engine.paged.messages import PagedUnsupportedError, Refusal, UnsupportedError, tells_starter
@@ -178,6 +179,12 @@ def _inspect_adapter(core: EngineCore, lora_name: str, path: str, whole: bool) -
     return result
 
 
+def _measure_adapters(core: EngineCore, shapes: list[AdapterShape]) -> list[dict[str, Any]]:
+    """``AdapterMemory.measure`` for each, as the fields of an Inspection."""
+    return [asdict(core.scheduler.connector.memory.measure(shape)) for shape in shapes]
+
+
 # vLLM calls the method of EngineCore that a utility call names, between two steps, and answers when its Future is done.
 EngineCore.inspect_adapter = _inspect_adapter
+EngineCore.measure_adapters = _measure_adapters
 EngineCore.retire_adapters = _retire_adapters

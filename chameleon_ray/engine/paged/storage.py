@@ -7,7 +7,8 @@ from typing import Protocol
 
 from vllm.v1.core.block_pool import BlockPool
 
-from chameleon_ray.engine.paged.checkpoint import AdapterSummary, summarise
+from chameleon_ray.adapters.checkpoint import AdapterShape
+from chameleon_ray.engine.paged.checkpoint import AdapterSummary, measure, summarise
 from chameleon_ray.engine.paged.messages import ModelLayout
 from chameleon_ray.engine.paged.options import EngineLimits, PagedSettings
 from chameleon_ray.engine.report import MemoryLimits
@@ -27,6 +28,9 @@ class Storage(Protocol):
     def summarise(self, folder: Path, max_rank: int) -> AdapterSummary:
         """What the adapter in ``folder`` takes, from its files' headers; in any thread. Raises ValueError or OSError
         where it cannot be served."""
+
+    def measure(self, shape: AdapterShape) -> AdapterSummary:
+        """The same for an adapter of that shape whose modules are all the model's. Raises AdapterFilesError."""
 
     def take(self, num_blocks: int) -> tuple[int, ...]:
         """Numbers of free blocks, which are the caller's now. There must be so many."""
@@ -57,6 +61,9 @@ class PagedStorage:
 
     def summarise(self, folder: Path, max_rank: int) -> AdapterSummary:
         return summarise(folder, self.layout, max_rank)
+
+    def measure(self, shape: AdapterShape) -> AdapterSummary:
+        return measure(shape, self.layout)
 
     def take(self, num_blocks: int) -> tuple[int, ...]:
         return tuple(block.block_id for block in self._pool.get_new_blocks(num_blocks))

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from pathlib import Path
 
+from chameleon_ray.adapters.checkpoint import AdapterShape
 from chameleon_ray.engine.paged.checkpoint import AdapterFilesError, AdapterSummary, read_fitting
 from chameleon_ray.engine.paged.options import EngineLimits, PagedSettings
 from chameleon_ray.engine.report import MemoryLimits
@@ -30,13 +31,18 @@ class SlotStorage:
         return MemoryLimits(block_bytes, num_slots, num_slots, config.cache.adapter_host_bytes, shares_kv=False)
 
     def summarise(self, folder: Path, max_rank: int) -> AdapterSummary:
-        checkpoint = read_fitting(folder, self.layout.table, max_rank)
+        return self.measure(read_fitting(folder, self.layout.table, max_rank).shape)
+
+    def measure(self, shape: AdapterShape) -> AdapterSummary:
         try:
-            check_experts(checkpoint, self.layout.experts)
+            check_experts(shape, self.layout.experts)
         except ValueError as error:
             raise AdapterFilesError(str(error)) from None
-        num_elems = sum(pair.rank * (pair.in_features + pair.out_features) for pair in checkpoint.pairs.values())
-        return AdapterSummary(checkpoint.rank, (), 1, num_elems * self.layout.element_bytes)
+        table, num_elems = self.layout.table, 0
+        for name, rank in shape:
+            module = table.modules[table.find(name)]
+            num_elems += rank * (module.in_features + module.out_features)
+        return AdapterSummary(max(rank for _, rank in shape), (), 1, num_elems * self.layout.element_bytes)
 
     def take(self, num_blocks: int) -> tuple[int, ...]:
         taken, self._free = tuple(self._free[:num_blocks]), self._free[num_blocks:]

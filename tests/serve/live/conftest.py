@@ -1,25 +1,31 @@
 """One running application for all tests of this package, and the Redis server it uses."""
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from adapter_files import widened_adapter
 from object_store import BUCKET, running_s3
 
 from chameleon_ray.demo import DemoPaths
 from chameleon_ray.redis_server import BundledRedis
-from live.service import Service
+from live.service import OVERSIZED, Service
 
 
 @pytest.fixture(scope="package")
 def shared_service(demo: DemoPaths, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("live")
     (folder / "s3-secret").write_text("any: the server does not ask")
+    oversized = widened_adapter(demo.adapters / "demo-r128-04", folder / OVERSIZED, 4)
+
+    def edit(config: Any) -> None:
+        _with_bucket(s3.url, folder / "s3-secret", config)
+        _with_one_that_is_too_large(oversized, config)
+
     with BundledRedis(directory=folder / "redis") as redis, running_s3() as s3:
-        running = Service(demo, redis, folder, partial(_with_bucket, s3.url, folder / "s3-secret"))
+        running = Service(demo, redis, folder, edit)
         running.s3 = s3
         try:
             running.start()
@@ -39,6 +45,13 @@ def _with_bucket(url: str, secret: Path, config: Any) -> None:
         "refresh_s": 2.0,
         "peer_fetch": True,
     }
+
+
+def _with_one_that_is_too_large(oversized: Path, config: Any) -> None:
+    """Host memory for adapters has room for every one but one, which the configuration names."""
+    arguments = config["applications"][0]["args"]
+    arguments["engine"]["adapter_host_gib"] = 0.03  # Of 30.7 MiB; at rank 128 an adapter takes 8 MiB, at 512 32 MiB.
+    arguments["adapters"] |= {"max_rank": 512, "preload": [{"name": OVERSIZED, "uri": str(oversized)}]}
 
 
 @pytest.fixture

@@ -28,6 +28,8 @@ ANSWER_LIMIT_S = 120.0
 FRESH_S = 3.0
 """Replicas report twice a second."""
 LAST_CHARACTERS = 6000
+OVERSIZED = "oversized"
+"""A configured adapter that no engine here can hold."""
 
 Value = TypeVar("Value")
 
@@ -82,6 +84,7 @@ class Service:
         edit(self._config)
         arguments = self._config["applications"][0]["args"]
         self.base: str = arguments["model"]["name"]
+        self.adapters_config: dict[str, Any] = arguments["adapters"]
         self.max_model_len: int = arguments["engine"]["max_model_len"]
         self.num_replicas: int = arguments["replicas"]["num_replicas"]
         self.key_prefix: str = arguments["redis"]["key_prefix"]

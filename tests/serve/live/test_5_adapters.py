@@ -15,7 +15,7 @@ from chameleon_ray.adapters.sources import CONFIG_FILE, WEIGHTS_FILE, LocalSourc
 from chameleon_ray.adapters.store import AdapterStore, content_digest
 from live.calls import Stream, complete, completion, concurrently, error_of, stream, text_of
 from live.reference import Reference
-from live.service import Service, wait_for
+from live.service import OVERSIZED, Service, wait_for
 
 NAME = "uploaded"
 LONG_PROMPT = [10 + (7 * place) % 580 for place in range(300)]
@@ -115,6 +115,32 @@ def test_what_is_replaced_and_unloaded_is_forgotten_by_every_replica(service: Se
         return [replica["cache"]["adapters_known"] for replica in replicas if "cache" in replica]
 
     wait_for(lambda: max(all_known()) <= len(names), "the engines know no more adapters than the catalog names")
+
+
+def test_an_adapter_too_large_for_the_engines_is_refused_and_harms_nothing(service: Service) -> None:
+    """Host memory has no room for it, ever: neither at the start, nor at a load, nor for a request."""
+    [preload] = service.adapters_config["preload"]
+    assert preload["name"] == OVERSIZED
+    engines = [service.engine_processes(replica) for replica in service.replica_processes()]
+    error = error_of(complete(service, OVERSIZED), 413)
+    assert error["type"] == "adapter_too_large" and "bytes of host memory" in error["message"]
+    assert error_of(service.http.get(f"/v1/models/{OVERSIZED}"), 413)["message"] == error["message"]
+    refused = service.http.get("/v1/chameleon/placement").json()["refused"]
+    assert refused.keys() == {OVERSIZED} and refused[OVERSIZED] in error["message"]
+
+    for name in (NAME, OVERSIZED):
+        for _ in range(2):  # What was refused before is tried again, as somebody asked for just that.
+            error = error_of(service.load(name, preload["uri"]), 413)
+            assert error["type"] == "adapter_too_large" and "bytes of host memory" in error["message"]
+    assert not {NAME, OVERSIZED} & set(service.adapter_names())
+    error_of(complete(service, NAME), 404)
+    error_of(service.unload(NAME), 404)
+    for response in concurrently([partial(complete, service, "demo-r32-02")] * 8, clients=8):
+        text_of(response)
+    assert [service.engine_processes(replica) for replica in service.replica_processes()] == engines
+    digest = content_digest(Path(preload["uri"]))
+    failed = [digest in replica["failed"] for replica in service.placement()]
+    assert not any(failed), "nobody can ask for it: nothing of it is kept"
 
 
 def test_file_uri(service: Service, upload: Path) -> None:
