@@ -349,6 +349,11 @@ class AdaptersConfig(_Section):
     resolve_wait_s: PositiveFloat = Field(
         default=30.0, description="`resolve`: so long a request waits for its adapter; then 503 while the fetch goes on"
     )
+    prewarm: list[str] = Field(
+        default_factory=list,
+        description="adapters that a new replica fetches by itself, once it is ready: patterns of names in which `*` "
+        "stands for any characters, the first ones first; of one pattern, those first that were asked for most",
+    )
     absent_s: PositiveFloat = Field(
         default=30.0, description="`resolve`: a name without an adapter is not looked for again for so long"
     )

@@ -51,6 +51,9 @@ class InstantEngine:
     async def accept(self, record: AdapterRecord, folder: Path, *, whole: bool = False) -> None:
         self.tiers[record.digest] = Tier.GPU
 
+    def take_uses(self) -> Mapping[str, int]:
+        return {}
+
     async def measure(self, shapes: Sequence[AdapterShape]) -> list[AdapterError | None]:
         return [None] * len(shapes)
 

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ray.serve.handle import DeploymentHandle
 from chameleon_ray.adapters.catalog import AdapterLibrary, log_refusal
 from chameleon_ray.adapters.checkpoint import AdapterShape
 from chameleon_ray.adapters.errors import AdapterError, AdapterRefusedError, AdapterRetryLaterError
+from chameleon_ray.adapters.fetch_pool import FetchPool
 from chameleon_ray.adapters.local import LocalAdapters
 from chameleon_ray.adapters.modules import ModuleTable
 from chameleon_ray.adapters.record import AdapterRecord
@@ -28,6 +29,7 @@ from chameleon_ray.openai_errors import JSON, ApiError
 from chameleon_ray.placement import (
     CatalogStore,
     PlacementUnavailableError,
+    Popularity,
     ReplicaPublisher,
     ReplicaReport,
     shared_follower,
@@ -38,6 +40,7 @@ from deployments.engine import Engine
 from deployments.parts import AnswerHead, Part, RelayedRequest
 from deployments.peers import NodePeers
 from deployments.policy_metrics import PolicyMetrics
+from deployments.prewarm import prewarm, prewarm_order
 from deployments.queues_api import replica_queues
 from deployments.tiers import CatalogDigests, let_go, merge_tiers
 
@@ -78,6 +81,7 @@ class Replica:
         self._library = AdapterLibrary(adapters, self._config.model, table, peers, bounds)
         self._store = CatalogStore(self._config.redis, self._follower.view)
         self._publisher = ReplicaPublisher(self._id, self._node_id, self._config.redis)
+        self._popularity = Popularity(self._config.redis)
         self._unregistered: list[AdapterRecord] = []
         scan = asyncio.create_task(self._register_configured())
         try:
@@ -90,13 +94,15 @@ class Replica:
             self._library,
             self._engine.accept,
             self._config.adapters.retry_after_s,
-            ThreadPoolExecutor(self._config.adapters.fetch_concurrency, thread_name_prefix="fetch"),
+            FetchPool(self._config.adapters.fetch_concurrency),
             time.monotonic,
         )
         await scan
         self._tasks = [asyncio.create_task(self._repeat(work)) for work in (self._report, self._let_go)]
         if (refresh_s := self._config.adapters.refresh_s) is not None:
             self._tasks.append(asyncio.create_task(self._refresh_forever(refresh_s)))
+        if self._config.adapters.prewarm:
+            self._tasks.append(asyncio.create_task(self._prewarm()))
         logger.info("replica %s serves %s", self._id, self._config.model.served_name)
 
     async def answer(self, request: RelayedRequest, earlier: Progress) -> AsyncGenerator[Part, None]:
@@ -148,7 +154,7 @@ class Replica:
         """Fetch and validate an adapter for a run-time load, and probe its effect; nothing is registered."""
         inspect = partial(self._library.inspect, name, uri, credentials)
         try:
-            record = await asyncio.get_running_loop().run_in_executor(self._adapters.fetches, inspect)
+            record = await self._adapters.fetches.run(self._library.tenant(uri, credentials), inspect)
         except AdapterError as error:
             return self._api_error(error, param="lora_path")
         if self._config.adapters.check_effect == "probe":
@@ -199,6 +205,7 @@ class Replica:
             await asyncio.gather(*self._tasks, return_exceptions=True)
             await self._publisher.withdraw()
             await self._store.close()
+            await self._popularity.close()
         if hasattr(self, "_adapters"):
             await self._adapters.close()
         if hasattr(self, "_engine"):
@@ -309,7 +316,18 @@ class Replica:
             catalog_version=view.catalog_version,
         )
         await self._publisher.publish(report, time.monotonic())
+        await self._popularity.add(self._engine.take_uses())
         self._metrics.publish(self._engine, tiers)
+
+    async def _prewarm(self) -> None:
+        """Requests are served meanwhile."""
+        options, catalog = self._config.adapters, self._follower.view().catalog
+        room_bytes = int(options.store_max_gib * 2**30)
+        try:
+            order = prewarm_order(catalog.values(), options.prewarm, await self._popularity.counts(), room_bytes)
+            await prewarm(self._adapters, order, await asyncio.to_thread(self._stored))
+        except Exception:
+            logger.exception("no more adapters are fetched ahead")
 
     async def _let_go(self) -> None:
         """See ``let_go``. A catalog that cannot be followed may lack what others load meanwhile: nothing happens."""

@@ -23,10 +23,11 @@ _LOCAL, _REMOTE = ("", "file"), ("s3", "gs", "az", "hf")
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """One thing that the configuration says: URIs that ``covers`` are read with these credentials."""
+    """One thing that the configuration says: URIs that ``covers`` are read with these credentials. name: the rule's."""
 
     covers: Callable[[str], bool]
     credentials: str | None
+    name: str
 
 
 class Sources:
@@ -51,11 +52,20 @@ class Sources:
             known = ", ".join(f"{name}://" for name in ("file", *_REMOTE))
             raise AdapterInvalidError(f"{shown(uri)!r}: use a path or one of {known}; credentials are for remote ones")
         remote = RemoteUri.parse(uri)
-        for rule in self._rules:
-            if rule.covers(uri) and credentials in (None, rule.credentials):
-                return self._remote(uri, remote, rule.credentials)
+        if (rule := self._rule(uri, credentials)) is not None:
+            return self._remote(uri, remote, rule.credentials)
         named = "" if credentials is None else " with these credentials"
         raise AdapterPathNotAllowedError(f"no rule of adapters.sources or adapters.resolve opens {uri!r}{named}")
+
+    def tenant(self, uri: str, credentials: str | None = None) -> str:
+        """Whose adapters are there: the name of the credentials that ``find`` reads them with, else of the rule that
+        opens the place. One name for all that is local, and for what ``find`` refuses."""
+        rule = self._rule(uri, credentials)
+        return "" if rule is None or scheme_of(uri) in _LOCAL else rule.credentials or rule.name
+
+    def _rule(self, uri: str, credentials: str | None) -> _Rule | None:
+        rules = (rule for rule in self._rules if rule.covers(uri) and credentials in (None, rule.credentials))
+        return next(rules, None)
 
     def _remote(self, uri: str, remote: RemoteUri, name: str | None) -> AdapterSource:
         credentials = None if name is None else self._config.credentials[name]
@@ -75,12 +85,12 @@ class Sources:
 
 def _rules(config: AdaptersConfig) -> Iterator[_Rule]:
     for entry in config.preload:
-        yield _Rule(entry.uri.__eq__, entry.credentials)
+        yield _Rule(entry.uri.__eq__, entry.credentials, "preload")
     for source in config.sources:
-        yield _Rule(partial(_is_below, source.uri), source.credentials)
+        yield _Rule(partial(_is_below, source.uri), source.credentials, source.uri)
     for rule in config.resolve:
         begin, _, end = rule.uri.partition("{name}")
-        yield _Rule(partial(_is_between, begin, end), rule.credentials)
+        yield _Rule(partial(_is_between, begin, end), rule.credentials, rule.pattern)
 
 
 def _is_below(place: str, uri: str) -> bool:

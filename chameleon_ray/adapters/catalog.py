@@ -253,6 +253,10 @@ class AdapterLibrary:
         """Forget what was found of all adapters but these. Their files stay until the store needs the room."""
         self._validated &= digests
 
+    def tenant(self, uri: str, credentials: str | None) -> str:
+        """Whose adapters these are: see ``Sources.tenant``."""
+        return self._sources.tenant(uri, credentials)
+
     def holds(self, digest: str) -> bool:
         """Whether the adapter's files are on this node."""
         return self._store.path(digest) is not None

@@ -3,14 +3,15 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Set
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
 from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from chameleon_ray.adapters.catalog import AdapterLibrary
 from chameleon_ray.adapters.errors import AdapterError, AdapterNoRoomError, AdapterRetryLaterError
+from chameleon_ray.adapters.fetch_pool import FetchPool
 from chameleon_ray.adapters.record import AdapterRecord
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class LocalAdapters:
     library: AdapterLibrary
     accept: Accept
     retry_after_s: float
-    fetches: ThreadPoolExecutor
+    fetches: FetchPool
     clock: Callable[[], float]
     _entries: dict[str, _Entry] = field(default_factory=dict)
     _failures: dict[str, _Failure] = field(default_factory=dict)
@@ -124,7 +125,7 @@ class LocalAdapters:
         for entry in self._entries.values():
             entry.hold.close()
         self._entries.clear()
-        self.fetches.shutdown(wait=False, cancel_futures=True)
+        self.fetches.close()
 
     def _refuse_failed(self, record: AdapterRecord) -> None:
         failure = self._failures.get(record.digest)
@@ -140,9 +141,11 @@ class LocalAdapters:
     async def _bring(self, record: AdapterRecord, hold: ExitStack) -> Path:
         loop = asyncio.get_running_loop()
         try:
-            here = await loop.run_in_executor(None, self.library.holds, record.digest)
-            threads = None if here else self.fetches
-            folder = await loop.run_in_executor(threads, hold.enter_context, self.library.use(record))
+            bring = partial(hold.enter_context, self.library.use(record))
+            if await loop.run_in_executor(None, self.library.holds, record.digest):
+                folder = await loop.run_in_executor(None, bring)
+            else:
+                folder = await self.fetches.run(self.library.tenant(record.uri, record.credentials), bring)
             await self.accept(record, folder)
             return folder
         except BaseException as error:

@@ -221,6 +221,10 @@ class EngineServer:
         found = [Inspection(**fields) for fields in told]
         return [engine_error(one.code, one.reason) if one.code else None for one in found]
 
+    def take_uses(self) -> Mapping[str, int]:
+        """Requests by adapter digest since the last call."""
+        return self._rates.take_uses()
+
     @property
     def known(self) -> Set[str]:
         """Digests of all adapters that the engine may know."""

@@ -1,7 +1,7 @@
 """What an engine reports of itself: its load, in the terms the router ranks by, and its policy's state."""
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -130,14 +130,22 @@ class RequestRates:
     def __init__(self, window_s: float = 60.0):
         self._window_s = window_s
         self._arrivals: dict[str, deque[float]] = {}
+        self._uses: Counter[str] = Counter()
 
     def record(self, digest: str, now_s: float) -> None:
         """One request for the adapter."""
+        self._uses[digest] += 1
         arrivals = self._arrivals.setdefault(digest, deque(maxlen=1000))
         arrivals.append(now_s)
 
+    def take_uses(self) -> Mapping[str, int]:
+        """Requests by adapter digest since the last call."""
+        uses, self._uses = self._uses, Counter()
+        return uses
+
     def forget(self, digest: str) -> None:
         """Drop an adapter's requests."""
+        self._uses.pop(digest, None)
         self._arrivals.pop(digest, None)
 
     def per_second(self, digest: str, now_s: float) -> float:

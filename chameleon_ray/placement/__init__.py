@@ -2,6 +2,7 @@
 
 - ``CatalogStore`` (asyncio) writes the catalog: which content an adapter name stands for.
 - ``ReplicaPublisher`` (asyncio, one per replica) publishes load and which tier holds which adapter.
+- ``Popularity`` (asyncio) counts how often adapters are asked for, for replicas to come.
 - ``ClusterFollower`` (a thread, one per process: ``shared_follower``) keeps a ``ClusterView`` of both in memory:
   a snapshot first, then every change. Request paths read only that view, never Redis.
 
@@ -18,6 +19,7 @@ from chameleon_ray.placement.errors import (
 )
 from chameleon_ray.placement.follower import ClusterFollower, shared_follower
 from chameleon_ray.placement.keys import Keys
+from chameleon_ray.placement.popularity import Popularity
 from chameleon_ray.placement.publisher import ReplicaPublisher
 from chameleon_ray.placement.view import ClusterView, ReplicaReport, ReplicaStatus
 
@@ -30,6 +32,7 @@ __all__ = [
     "Keys",
     "PlacementError",
     "PlacementUnavailableError",
+    "Popularity",
     "ReplicaPublisher",
     "ReplicaReport",
     "ReplicaStatus",

@@ -37,6 +37,16 @@ class Keys:
         return f"{self.prefix}:tiers:{replica_id}"
 
     @property
+    def popularity(self) -> str:
+        """Sorted set: adapter digest -> how often it was asked for, older uses counting less (``Popularity``)."""
+        return f"{self.prefix}:popularity"
+
+    @property
+    def popularity_total(self) -> str:
+        """String: the sum of these, as if none had been dropped."""
+        return f"{self.prefix}:popularity:total"
+
+    @property
     def changes(self) -> str:
         """Channel: every change of catalog, reports and tiers (see ``messages``)."""
         return f"{self.prefix}:changes"

@@ -123,6 +123,23 @@ redis.call('PUBLISH', ARGV[1], ARGV[2])
 return 1
 """
 
+COUNT_USES = """
+-- KEYS: popularity, its total. ARGV: {digest: uses} as JSON, the total at which all counts are halved, most members.
+local total = tonumber(redis.call('GET', KEYS[2]) or 0)
+for digest, uses in pairs(cjson.decode(ARGV[1])) do
+  redis.call('ZINCRBY', KEYS[1], uses, digest)
+  total = total + uses
+end
+while total >= tonumber(ARGV[2]) do
+  redis.call('ZUNIONSTORE', KEYS[1], 1, KEYS[1], 'WEIGHTS', 0.5)
+  redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', '(0.5')
+  total = total / 2
+end
+redis.call('ZREMRANGEBYRANK', KEYS[1], 0, -tonumber(ARGV[3]) - 1)
+redis.call('SET', KEYS[2], total)
+return 1
+"""
+
 RESTORE_CHUNK = 256
 """Records per RESTORE_CATALOG call: Redis does nothing else meanwhile."""
 

@@ -3,7 +3,7 @@
 import asyncio
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from memory_driver import MAX_RANK, RETRY_S, EngineFront, MemoryDriver, sizes
 from vllm.lora.request import LoRARequest
 
 from chameleon_ray.adapters.catalog import AdapterLibrary
+from chameleon_ray.adapters.fetch_pool import FetchPool
 from chameleon_ray.adapters.identity import AdapterId
 from chameleon_ray.adapters.local import UNUSED_S, LocalAdapters
 from chameleon_ray.adapters.modules import ModuleTable
@@ -231,7 +232,7 @@ class Replicas(RuleBasedStateMachine):
         self.driver = MemoryDriver(self.node.table, lambda: self.now_s)
         self.front = EngineFront(self.driver, self.node.table, lambda: self.now_s)
         self.live: dict[str, tuple[str, AsyncExitStack]] = {}
-        self.local = LocalAdapters(self.node.library, self.accept, RETRY_S, ThreadPoolExecutor(1), lambda: self.now_s)
+        self.local = LocalAdapters(self.node.library, self.accept, RETRY_S, FetchPool(1), lambda: self.now_s)
         self.digests = CatalogDigests()
 
     async def accept(self, record: AdapterRecord, folder: Path) -> None:

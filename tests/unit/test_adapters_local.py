@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from chameleon_ray.adapters.errors import (
     AdapterNoRoomError,
     AdapterRetryLaterError,
 )
+from chameleon_ray.adapters.fetch_pool import FetchPool
 from chameleon_ray.adapters.local import UNUSED_S, LocalAdapters
 from chameleon_ray.adapters.modules import ModuleTable
 from chameleon_ray.adapters.record import AdapterRecord
@@ -54,8 +55,7 @@ class Setup:
         self.accepted.append(record.name)
 
     def local(self) -> LocalAdapters:
-        fetches = ThreadPoolExecutor(1)
-        return LocalAdapters(self.library, self.accept, RETRY_AFTER_S, fetches, lambda: self.now_s)
+        return LocalAdapters(self.library, self.accept, RETRY_AFTER_S, FetchPool(1), lambda: self.now_s)
 
 
 @pytest.fixture
@@ -195,12 +195,14 @@ def test_an_adapter_on_this_node_does_not_wait_for_slow_fetches(setup: Setup) ->
 
     async def test(local: LocalAdapters) -> None:
         release = threading.Event()
-        blocked = local.fetches.submit(release.wait)  # the only fetch thread
+        blocked = asyncio.create_task(local.fetches.run("other", release.wait))  # the only fetch thread
+        await asyncio.sleep(0)
         try:
             async with asyncio.timeout(10), local.use(record):
                 assert not blocked.done()
         finally:
             release.set()
+            await blocked
 
     run(test, setup)
 

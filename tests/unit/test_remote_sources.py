@@ -518,6 +518,31 @@ def test_errors_cross_processes() -> None:
         assert str(pickle.loads(pickle.dumps(kind("why")))) == "why" and issubclass(kind, AdapterError)
 
 
+def test_a_tenant_is_the_credentials_or_the_rule_that_opens_a_place() -> None:
+    rules = {
+        "credentials": {"acme": KEYS, "hub": {"type": "hf", "anonymous": True}},
+        "preload": [{"name": "one", "uri": "s3://public/one"}],
+        "sources": [{"uri": "s3://acme-models/", "credentials": "acme"}, {"uri": "s3://public/"}],
+        "resolve": [
+            {"pattern": "hub/*", "uri": "hf://org/{name}", "credentials": "hub"},
+            {"pattern": "open/*", "uri": "s3://open/{name}"},
+        ],
+    }
+    sources = Sources(AdaptersConfig.model_validate(rules))
+    tenants = {
+        "s3://acme-models/a/b": "acme",
+        "s3://public/one": "preload",
+        "s3://public/two": "s3://public/",
+        "hf://org/x": "hub",
+        "s3://open/x": "open/*",
+        "/srv/adapters/a": "",
+        "s3://other/a": "",
+    }
+    assert {uri: sources.tenant(uri) for uri in tenants} == tenants
+    assert sources.tenant("s3://acme-models/a", "acme") == "acme"
+    assert sources.tenant("s3://acme-models/a", "hub") == "", "find refuses it"
+
+
 def test_refresh_follows_buckets_and_folders(
     s3: S3, library: Callable[..., AdapterLibrary], write_adapter: WriteAdapter, tmp_path: Path
 ) -> None:

@@ -3,9 +3,11 @@
 from functools import partial
 from pathlib import Path
 
+import redis
 from adapter_files import scaled_adapter
 from object_store import BUCKET, FILES
 
+from chameleon_ray.adapters.store import content_digest
 from live.calls import complete, concurrently, error_of, text_of
 from live.service import Service, wait_for
 
@@ -35,6 +37,11 @@ def test_a_name_is_fetched_by_its_first_request_and_follows_the_bucket(service: 
         text_of(one) for one in concurrently([partial(complete, service, "tenant/b", max_tokens=16)] * 8, clients=8)
     ]
     assert len(set(texts)) == 1
+    digest = content_digest(tmp_path / "b")
+    with redis.Redis.from_url(service.redis.url) as counts:
+        wait_for(
+            lambda: (counts.zscore(f"{service.key_prefix}:popularity", digest) or 0) >= 8, "new replicas can know of it"
+        )
 
     service.s3.put(scaled_adapter(source, tmp_path / "c", 0.9), BUCKET, "tenant/b")
     wanted = text_of(complete(service, "tenant/a", max_tokens=16))
