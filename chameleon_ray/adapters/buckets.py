@@ -1,10 +1,10 @@
-"""``s3://``, ``gs://`` and ``az://``, through fsspec's file systems."""
+"""``s3://``, ``gs://`` and ``az://``; the last two through fsspec's file systems."""
 
 import asyncio
 import importlib.util
 import json
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,10 +12,10 @@ import fsspec  # type: ignore[import-untyped]
 
 from chameleon_ray.adapters.credentials import read_secret
 from chameleon_ray.adapters.errors import AdapterInvalidError
-from chameleon_ray.adapters.remote import FileMark, RemoteUri
+from chameleon_ray.adapters.remote import FileMark, RemoteFiles, RemoteUri
 from chameleon_ray.config import AzureCredentials, Credentials, GcsCredentials, S3Credentials
 
-_EXTRAS = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "az": ("adlfs", "azure")}
+_EXTRAS = {"s3": ("botocore", "s3"), "gs": ("gcsfs", "gcs"), "az": ("adlfs", "azure")}
 """scheme -> module, and the extra of ours that brings it."""
 _NO_CREDENTIALS = (
     "NoCredentialsError",
@@ -27,7 +27,6 @@ _NO_CREDENTIALS = (
 )
 """What botocore, google-auth and azure-core raise when their chain finds no credentials, or none that count."""
 _TAGS = ("generation", "ETag", "etag", "last_modified")
-_CONNECT_TIMEOUT_S = 5.0
 _T = TypeVar("_T")
 
 
@@ -51,6 +50,9 @@ class BucketFiles:
         content: bytes = self._wait(self.file_system._cat_file(f"{self.folder}/{name}", start=start, end=end))
         return content
 
+    def stream(self, name: str, mark: FileMark, start: int, end: int) -> None:
+        """See RemoteFiles."""
+
     def _wait(self, work: Coroutine[Any, Any, _T]) -> _T:
         bounded = asyncio.wait_for(work, self.timeout_s)
         try:
@@ -67,9 +69,9 @@ class Buckets:
     def __init__(self, timeout_s: float):
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
-        self._open: dict[tuple[str, str | None], tuple[dict[str, Any], Any]] = {}
+        self._open: dict[tuple[str, str | None], tuple[dict[str, Any], Callable[[RemoteUri], RemoteFiles]]] = {}
 
-    def files(self, uri: RemoteUri, name: str | None, credentials: Credentials | None) -> BucketFiles:
+    def files(self, uri: RemoteUri, name: str | None, credentials: Credentials | None) -> RemoteFiles:
         """The files below ``uri``. name: of the credentials; None: the cloud's own chain.
 
         AdapterInvalidError when the scheme's package is not installed; AdapterSourceError for a secret that cannot be
@@ -82,33 +84,23 @@ class Buckets:
         with self._lock:
             known = self._open.get((uri.scheme, name))
             if known is None or known[0] != options:
-                timeouts = _timeouts(uri.scheme, self._timeout_s)
-                opened = fsspec.filesystem(
-                    uri.scheme, **options, **timeouts, skip_instance_cache=True, use_listings_cache=False
-                )
-                if uri.scheme == "s3":
-                    opened.retries = 1  # ours are the only ones
-                known = self._open[uri.scheme, name] = (options, opened)
-        return BucketFiles(known[1], f"{uri.place}/{uri.path}", self._timeout_s)
+                known = self._open[uri.scheme, name] = (options, self._opened(uri.scheme, options))
+        return known[1](uri)
+
+    def _opened(self, scheme: str, options: dict[str, Any]) -> Callable[[RemoteUri], RemoteFiles]:
+        if scheme == "s3":
+            from chameleon_ray.adapters.s3 import S3Files, open_s3  # What it imports is an extra.
+
+            client = open_s3(options, self._timeout_s)
+            return lambda uri: S3Files(client, uri.place, uri.path, self._timeout_s)
+        opened = fsspec.filesystem(scheme, **options, skip_instance_cache=True, use_listings_cache=False)
+        return lambda uri: BucketFiles(opened, f"{uri.place}/{uri.path}", self._timeout_s)
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Azure's and gcsfs's ways to say 401 or 403; s3fs says PermissionError by itself."""
+    """Azure's and gcsfs's ways to say 401 or 403."""
     status = getattr(error, "status_code", None) or getattr(error, "code", None)
     return status in (401, 403) or (isinstance(error, OSError) and str(error).startswith("Forbidden"))
-
-
-def _timeouts(scheme: str, timeout_s: float) -> dict[str, Any]:
-    if scheme != "s3":
-        return {}
-    # s3fs passes these to botocore, whose own retries are off.
-    return {
-        "config_kwargs": {
-            "connect_timeout": min(_CONNECT_TIMEOUT_S, timeout_s),
-            "read_timeout": timeout_s,
-            "retries": {"total_max_attempts": 1},
-        }
-    }
 
 
 def _s3(credentials: Credentials | None) -> dict[str, Any]:
@@ -120,8 +112,8 @@ def _s3(credentials: Credentials | None) -> dict[str, Any]:
         "secret": read_secret(credentials.secret),
         "token": read_secret(credentials.session_token),
         "endpoint_url": credentials.endpoint_url,
-        "anon": credentials.anonymous or None,
-        "client_kwargs": None if credentials.region is None else {"region_name": credentials.region},
+        "anonymous": credentials.anonymous or None,
+        "region": credentials.region,
     }
     return _given(options)
 

@@ -96,6 +96,9 @@ class HubFiles:
                     return bytes(content)
         raise AdapterInvalidError(f"hf://{self._repo} redirects without end")
 
+    def stream(self, name: str, mark: FileMark, start: int, end: int) -> None:
+        """See RemoteFiles."""
+
     def _cached(self, name: str, revision: str) -> FileMark:
         cached = try_to_load_from_cache(self._repo, name, revision=revision)
         if not isinstance(cached, str):

@@ -1,9 +1,10 @@
 """Adapters in buckets and hubs: which URIs there are, and a download that survives what networks do.
 
-A file comes in parts, several at once, each tried again by itself; they are appended in order, so that a file's length
-is how far it has come and a later attempt goes on from there. Sizes are known and checked before anything is read, and
-a server that sends more than it was asked for is not listened to. Both files carry a tag (ETag, generation, commit)
-that is looked at before and after: a change in between starts the fetch again.
+A file comes in parts, each tried again by itself: from one answer as long as that is fast, else several at once. They
+are appended in order, so that a file's length is how far it has come and a later attempt goes on from there. Sizes are
+known and checked before anything is read, and a server that sends more than it was asked for is not listened to. Both
+files carry a tag (ETag, generation, commit) that is looked at before and after: a change in between starts the fetch
+again.
 """
 
 import logging
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import BinaryIO, Protocol, TypeVar
 
 from chameleon_ray.adapters.errors import (
     AdapterChangedError,
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 PART_BYTES = 8 << 20
 _PARTS_AT_ONCE = 4
+_FAST_BYTES_S = 100 << 20
+"""One answer that comes faster is not helped by others beside it."""
 _FETCHES = 3
 """How often a fetch begins anew because the files changed meanwhile."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
@@ -85,14 +88,27 @@ class FileMark:
     link: str = ""
 
 
+class RemoteStream(Protocol):
+    """One answer, being read."""
+
+    def read(self, num_bytes: int) -> bytes:
+        """The next bytes, all of them. Raises as RemoteFiles."""
+
+    def close(self) -> None:
+        """The rest is not wanted."""
+
+
 class RemoteFiles(Protocol):
-    """The files of one adapter. Both methods block and raise FileNotFoundError, PermissionError, an AdapterError for
+    """The files of one adapter. All methods block and raise FileNotFoundError, PermissionError, an AdapterError for
     good, and anything else for what may be better the next time."""
 
     def stat(self, name: str) -> FileMark: ...
 
     def read(self, name: str, mark: FileMark, start: int, end: int) -> bytes:
         """The bytes from ``start`` up to ``end``; more or fewer are taken for a fault."""
+
+    def stream(self, name: str, mark: FileMark, start: int, end: int) -> RemoteStream | None:
+        """The same to be read piece by piece; None where that is not to be had."""
 
 
 @dataclass(slots=True)
@@ -154,6 +170,9 @@ class RemoteSource:
 
         with open(into / name, "ab") as out:
             starts = range(out.tell(), mark.size_bytes, PART_BYTES)
+            if len(starts) > 1:
+                self._stream(files, name, mark, out)
+                starts = range(out.tell(), mark.size_bytes, PART_BYTES)
             if len(starts) < 2:
                 out.write(b"".join(map(part, starts)))
             else:
@@ -170,6 +189,38 @@ class RemoteSource:
                         pool.shutdown(wait=False, cancel_futures=True)
             out.flush()
             os.fsync(out.fileno())
+
+    def _stream(self, files: RemoteFiles, name: str, mark: FileMark, out: BinaryIO) -> None:
+        """Append parts from one answer while they come fast, opening another where one fails."""
+        size = mark.size_bytes
+        stream: RemoteStream | None = None
+        body_s = 0.0
+
+        def part() -> bytes:
+            nonlocal stream, body_s
+            start = out.tell()
+            stream = stream or files.stream(name, mark, start, size)
+            if stream is None:
+                return b""
+            began_s = time.monotonic()  # What a server takes before it begins is not the way's speed.
+            try:
+                content = stream.read(min(PART_BYTES, size - start))
+            except BaseException:
+                stream.close()
+                stream = None
+                raise
+            body_s = time.monotonic() - began_s
+            return content
+
+        try:
+            while out.tell() < size:
+                content = self._tried(name, part)
+                out.write(content)
+                if len(content) <= body_s * _FAST_BYTES_S:
+                    return
+        finally:
+            if stream is not None:
+                stream.close()
 
     def _tried(self, name: str, work: Callable[[], _T]) -> _T:
         """What ``work`` returns, after up to ``attempts``. Only an error's kind gets into messages and logs: its text

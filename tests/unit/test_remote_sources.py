@@ -57,6 +57,7 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACME_KEY", "acme-key")
     monkeypatch.setenv("ACME_SECRET", SECRET)
     monkeypatch.setattr(remote, "PART_BYTES", 50_000)
+    monkeypatch.setattr(remote, "_FAST_BYTES_S", 1e30)
 
 
 def settings(endpoint: str, **more: Any) -> AdaptersConfig:
@@ -123,7 +124,25 @@ def test_a_request_that_fails_is_tried_again_alone(
     proxy.fault = once_each
     _fetch(source_of(uri, settings(proxy.url)), tmp_path / "into")
     assert _same(tmp_path / "into", folder)
-    assert len(proxy.parts()) == 14, "every part failed once, none was read a third time"
+    # Half of the first answer, which is for all parts, is enough for the first one.
+    assert len(proxy.parts()) == (13 if fault == "truncate" else 14), "every part failed once, none was read again"
+
+
+def test_one_answer_that_comes_fast_is_read_to_its_end(
+    blob: tuple[str, Path], proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_FAST_BYTES_S", 0)
+    uri, folder = blob
+    _fetch(source_of(uri, settings(proxy.url)), tmp_path / "whole")
+    assert _same(tmp_path / "whole", folder) and proxy.parts() == [""]
+
+    proxy.seen.clear()
+    proxy.fault = lambda method, path, span: (
+        "truncate" if method == "GET" and path.endswith("rs") and span in ("", "bytes=150000-333332") else None
+    )
+    _fetch(source_of(uri, settings(proxy.url)), tmp_path / "cut")
+    assert _same(tmp_path / "cut", folder)
+    assert proxy.parts() == ["", "bytes=150000-333332", "bytes=200000-333332"], "each from where the last one ended"
 
 
 def test_a_body_that_stalls_is_given_up(blob: tuple[str, Path], proxy: Proxy, tmp_path: Path) -> None:
