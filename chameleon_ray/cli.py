@@ -79,12 +79,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     engine.add_argument("--prompt-tokens", type=int, default=16, help="length of the prompts (default: %(default)s)")
     engine.set_defaults(run=_bench_engine)
+    cold = benches.add_parser("cold", help="from a request to the first token of an adapter that nobody has seen")
+    cold.add_argument(
+        "--source",
+        required=True,
+        metavar="s3://BUCKET/PATH",
+        help="where adapters are put and read, by AWS's own chain",
+    )
+    cold.add_argument(
+        "--mib", type=int, nargs="+", default=[1, 10, 100], help="sizes of the adapters (default: 1 10 100)"
+    )
+    cold.add_argument("--repeats", type=int, default=5, help="of each measurement (default: %(default)s)")
+    cold.set_defaults(run=_bench_cold)
     commands.add_parser(
         "calibrate", help="measure an engine and write a cost model for the simulator", configure=_configure_calibrate
     )
     _add_simulations(commands)
     _add_training(commands)
-    for bench in (local, policy, engine):
+    for bench in (local, policy, engine, cold):
         bench.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     return parser
 
@@ -271,6 +283,17 @@ def _bench_engine(arguments: argparse.Namespace) -> int:
     try:
         return run(arguments.json, dtype=arguments.dtype, prompt_tokens=arguments.prompt_tokens)
     except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _bench_cold(arguments: argparse.Namespace) -> int:
+    from chameleon_ray.adapters.errors import AdapterError
+    from chameleon_ray.bench.cold import run
+
+    try:
+        return run(arguments.source, arguments.json, sizes_mib=arguments.mib, repeats=arguments.repeats)
+    except (AdapterError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

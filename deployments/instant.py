@@ -13,9 +13,8 @@ from ray.serve import Application
 
 from chameleon_ray.adapters.checkpoint import AdapterShape
 from chameleon_ray.adapters.errors import AdapterError
-from chameleon_ray.adapters.modules import Module, ModuleTable
+from chameleon_ray.adapters.modules import table_of_weights
 from chameleon_ray.adapters.record import AdapterRecord
-from chameleon_ray.adapters.safetensors_header import read_header
 from chameleon_ray.engine.asgi import AsgiCall, Message, Receive, Send
 from chameleon_ray.engine.launch import local_model_folder
 from chameleon_ray.engine.report import Activity, PolicyEvents
@@ -33,7 +32,7 @@ class InstantEngine:
     adapter_memory = "stock"
 
     def __init__(self, model_folder: Path) -> None:
-        self.module_table = _read_modules(model_folder)
+        self.module_table = table_of_weights(model_folder)
         self.tiers: dict[str, Tier] = {}
 
     def call(
@@ -103,13 +102,6 @@ class InstantReplica(Replica):
 def build(args: dict[str, Any]) -> Application:
     """Like ``deployments.app:build``, with instant engines."""
     return application(args, InstantReplica)
-
-
-def _read_modules(folder: Path) -> ModuleTable:
-    """Every matrix of the model's weights, as what adapters may change."""
-    tensors = {name: entry for path in folder.glob("*.safetensors") for name, entry in read_header(path).items()}
-    shapes = {name.removesuffix(".weight"): entry.shape for name, entry in tensors.items() if len(entry.shape) == 2}
-    return ModuleTable({name: Module(name, *shape) for name, shape in shapes.items()})
 
 
 async def _generate(_scope: Mapping[str, Any], receive: Receive, send: Send) -> None:

@@ -8,8 +8,10 @@ import difflib
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from chameleon_ray.adapters.errors import AdapterInvalidError, AdapterModulesUnknownError
+from chameleon_ray.adapters.safetensors_header import read_header
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,13 @@ class ModuleTable:
         nearest = difflib.get_close_matches(engine_name, alike, n=1, cutoff=0.0)
         hint = f"; the nearest that there is: {self.modules[nearest[0]].name!r}" if nearest else ""
         return f"is no module of the base model that takes LoRA{hint}. Was the adapter made for another base model?"
+
+
+def table_of_weights(folder: Path) -> ModuleTable:
+    """Without an engine: every matrix of a model's weights, as what adapters may change."""
+    tensors = {name: entry for path in folder.glob("*.safetensors") for name, entry in read_header(path).items()}
+    shapes = {name.removesuffix(".weight"): entry.shape for name, entry in tensors.items() if len(entry.shape) == 2}
+    return ModuleTable({name: Module(name, *shape) for name, shape in shapes.items()})
 
 
 def _fields(module: Module) -> tuple[str, int, int]:

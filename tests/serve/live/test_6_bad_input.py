@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from adapter_files import scaled_adapter
+from adapter_files import scaled_adapter, widened_adapter
 from safetensors.numpy import load_file, save_file
 
 from chameleon_ray.adapters.sources import CONFIG_FILE, WEIGHTS_FILE
@@ -154,15 +154,7 @@ def with_other_modules(folder: Path) -> Path:
 
 
 def over_the_rank_bound(folder: Path) -> Path:
-    config = (folder / CONFIG_FILE).read_text()
-    (folder / CONFIG_FILE).write_text(config.replace('"r": 8', '"r": 256'))
-    weights = load_file(folder / WEIGHTS_FILE)
-    wide = {
-        name: np.tile(array, (32, 1) if "lora_A" in name else (1, 32)).astype("float32")
-        for name, array in weights.items()
-    }
-    save_file(wide, folder / WEIGHTS_FILE)
-    return folder
+    return widened_adapter(folder, folder.parent / "wide", 65)
 
 
 def not_finite(folder: Path) -> Path:
@@ -207,7 +199,7 @@ def system_folder(_: Path) -> Path:
         (pickled, 400, "adapter_invalid", "only safetensors"),
         (of_another_base, 400, "adapter_invalid", "another base model"),
         (with_other_modules, 400, "adapter_invalid", "another base model"),
-        (over_the_rank_bound, 413, "adapter_too_large", "adapters.max_rank = 128"),
+        (over_the_rank_bound, 413, "adapter_too_large", "adapters.max_rank = 512"),
         (not_finite, 400, "adapter_invalid", "NaN"),
         (outside, 403, "adapter_path_not_allowed", "outside"),
         (by_dots, 403, "adapter_path_not_allowed", "outside"),
