@@ -322,9 +322,10 @@ class Replica:
     async def _prewarm(self) -> None:
         """Requests are served meanwhile."""
         options, catalog = self._config.adapters, self._follower.view().catalog
-        room_bytes = int(options.store_max_gib * 2**30)
         try:
-            order = prewarm_order(catalog.values(), options.prewarm, await self._popularity.counts(), room_bytes)
+            order = prewarm_order(
+                catalog.values(), options.prewarm, await self._popularity.counts(), options.store_max_bytes
+            )
             await prewarm(self._adapters, order, await asyncio.to_thread(self._stored))
         except Exception:
             logger.exception("no more adapters are fetched ahead")

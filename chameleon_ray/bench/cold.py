@@ -183,7 +183,8 @@ def _first_tokens(model: str, sizes: list[list[str]]) -> list[dict[str, float]]:
     from vllm.lora.request import LoRARequest
 
     largest = max(Path(folder, WEIGHTS_FILE).stat().st_size for folders in sizes for folder in folders)
-    settings = PagedSettings(memory_share=0.8, host_bytes=4 * largest, max_rank=_MAX_RANK)
+    max_rank = 2 * largest // _BYTES_PER_RANK + 8
+    settings = PagedSettings(adapter_memory_share=0.8, adapter_host_bytes=4 * largest, max_rank=max_rank)
     llm = LLM(
         model=model,
         dtype="float32",
