@@ -356,7 +356,7 @@ class Replica:
                 await self._store.put_config(record)
                 logger.info("adapter %s is now %s", record.name, record.id.short)
             else:
-                logger.warning("adapter %s stays as it was: %s", record.name, problem)
+                logger.warning("adapter %s as it is now is not served: %s", record.name, problem)
                 refusal = AdapterRefusedError(problem.status, problem.kind, problem.message, problem.status < 500)
                 await self._store.put_refused(self._library.refused(record, refusal))
         for record in changes.refused:

@@ -190,6 +190,7 @@ async def test_misuse_is_refused(config, make_store):
 
 
 async def test_concurrent_writers_never_share_a_version(config, make_store, follow):
+    config = config.model_copy(update={"timeout_s": 60.0})  # A hundred writes at once may take a busy machine long.
     follower, stores = follow(config), [make_store(config), make_store(config)]
     written = await asyncio.gather(
         *(store.put(record("sql", f"w{i}-{n}"), replace=True) for n in range(50) for i, store in enumerate(stores))
