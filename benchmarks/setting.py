@@ -98,5 +98,5 @@ def make_setting(arguments: argparse.Namespace, stack: ExitStack) -> Setting:
         cpu_threads=arguments.cpu_threads or max(1, (os.cpu_count() or 1) - 1),
         dtype=arguments.dtype,
     )
-    workload = Workload(lengths, ranks, adapter_shares(ranks, "uniform", "power-law", 1.0), arguments.seed)
+    workload = Workload(lengths, ranks, adapter_shares(ranks, "uniform", "power_law", 1.0), arguments.seed)
     return Setting(machine, adapters, lengths, workload, arguments.adapter_memory_share)

@@ -121,7 +121,7 @@ def _add_simulations(commands: Any) -> None:
     cluster.set_defaults(run=_sim_cluster)
     plan = commands.add_parser("plan", help="the fewest replicas that hold an SLO for a scenario's traffic")
     plan.add_argument("scenario", type=Path, help="YAML file, as for `sim run`")
-    plan.add_argument("--slo", type=float, required=True, metavar="SECONDS", help="P99 time to first token")
+    plan.add_argument("--slo-s", type=float, required=True, metavar="SECONDS", help="P99 time to first token")
     plan.set_defaults(run=_plan)
     for command in (grid, schedulers, cluster, plan):
         command.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
@@ -139,9 +139,11 @@ def _add_cluster_options(cluster: argparse.ArgumentParser) -> None:
         "--load", type=_numbers, default=[], metavar="SHARE,...", help="of a replica's measured capacity"
     )
     cluster.add_argument("--length-scale", type=float, default=1.0, help="factor on all lengths (default: %(default)s)")
-    cluster.add_argument("--skew", type=float, default=1.0, help="popularity: 1 / place ** SKEW (default: %(default)s)")
     cluster.add_argument(
-        "--drift", type=float, default=0.0, metavar="SECONDS", help="popularity moves on so often (default: never)"
+        "--exponent", type=float, default=1.0, help="popularity: 1 / place ** EXPONENT (default: %(default)s)"
+    )
+    cluster.add_argument(
+        "--drift-s", type=float, default=0.0, metavar="SECONDS", help="popularity moves on so often (default: never)"
     )
     cluster.add_argument(
         "--base-share", type=float, default=0.0, help="requests without adapter (default: %(default)s)"
@@ -152,7 +154,7 @@ def _add_cluster_options(cluster: argparse.ArgumentParser) -> None:
         metavar="NAME,...",
         help="policies to compare, in parallel over the cores (default: all)",
     )
-    cluster.add_argument("--hint-delay", type=float, default=0.1, metavar="SECONDS", help="age of what routers hear")
+    cluster.add_argument("--hint-delay-s", type=float, default=0.1, metavar="SECONDS", help="age of what routers hear")
     cluster.add_argument("--cost-model", default="a40-llama-7b", help="shipped name, or path (default: %(default)s)")
     cluster.add_argument(
         "--seeds", type=_integers, default=[0], metavar="N,...", help="figures are means over them (default: 0)"
@@ -331,10 +333,10 @@ def _sim_cluster(arguments: argparse.Namespace) -> int:
             requests_per_s_each=rate,
             num_adapters=arguments.adapters,
             length_scale=arguments.length_scale,
-            exponent=arguments.skew,
-            drift_s=arguments.drift,
+            exponent=arguments.exponent,
+            drift_s=arguments.drift_s,
             base_share=arguments.base_share,
-            hint_delay_s=arguments.hint_delay,
+            hint_delay_s=arguments.hint_delay_s,
             cost_model=arguments.cost_model,
             seed=seed,
         )
@@ -355,7 +357,7 @@ def _sim_cluster(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from chameleon_ray.sim.plan import run
 
-    return _status(lambda: run(arguments.scenario, arguments.slo, arguments.json))
+    return _status(lambda: run(arguments.scenario, arguments.slo_s, arguments.json))
 
 
 def _train_predictor(arguments: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 from time import thread_time_ns
 from typing import TypeVar
 
-from chameleon_ray.policy.adapter import Adapter, Tier
+from chameleon_ray.policy.adapter import Tier
 from chameleon_ray.policy.admission import Obstacle
 from chameleon_ray.policy.cache_types import CacheConfig, Plan
 from chameleon_ray.policy.disciplines import QueueOptions
@@ -27,6 +27,7 @@ from chameleon_ray.policy.sizing import QueuedRequest, SizingOptions
 from chameleon_ray.routing.ranking import LoadCosts, rank_replicas
 from chameleon_ray.routing.replica_load import ReplicaLoad
 from chameleon_ray.routing.replica_table import ReplicaTable, ReplicaView
+from chameleon_ray.sim.workload import AdapterMix, make_adapters
 
 NUM_QUEUED = 1000
 NUM_ADAPTERS = 200
@@ -69,8 +70,7 @@ class _Replica:
     def __init__(self, scenario: Scenario, rng: random.Random) -> None:
         self._scenario = scenario
         self._rng = rng
-        ranks = (8, 16, 32, 64, 128)
-        self._adapters = [Adapter(f"{i:064x}", ranks[i % 5], ranks[i % 5] * RANK_BYTES) for i in range(NUM_ADAPTERS)]
+        self._adapters = make_adapters(AdapterMix(count=NUM_ADAPTERS), RANK_BYTES)
         self._weights = [1 / (1 + i // 5) for i in range(NUM_ADAPTERS)]
         self._blocks = {a.digest: -(-a.size_bytes // (BLOCK_TOKENS * KV_TOKEN_BYTES)) for a in self._adapters}
         pool = scenario.pool_blocks
@@ -229,7 +229,7 @@ def _measure_routing(num_steps: int, num_replicas: int) -> list[int]:
     """Nanoseconds of each decision: one replica has reported since the last one, each adapter has up to two holders."""
     rng = random.Random(0)
     costs = LoadCosts(10e9, 1e9, 0.2e9, 0.005, 0.2)
-    adapters = [Adapter(f"{i:064x}", 16, 16 * RANK_BYTES) for i in range(NUM_ADAPTERS)]
+    adapters = make_adapters(AdapterMix(count=NUM_ADAPTERS, ranks=[16]), RANK_BYTES)
     names = [f"replica-{i}" for i in range(num_replicas)]
     holders = {
         adapter.digest: {rng.choice(names): rng.choice((Tier.HOST, Tier.GPU)) for _ in range(rng.randrange(3))}

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import uvloop
 
@@ -37,8 +37,9 @@ from chameleon_ray.bench.load.targets import (
     server_count,
 )
 from chameleon_ray.bench.load.workload import Ranks, Workload, adapter_shares
+from chameleon_ray.sim.workload import Popularity
 
-POPULARITIES = ("uniform", "power-law")
+POPULARITIES = get_args(Popularity)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rank-pattern", default=r"-r(\d+)-", metavar="REGEX", help=r"finds the rank in an adapter's name (-r(\d+)-)")
     add("--adapter-ranks", type=Path, metavar="JSON", help="ranks by adapter name instead")
     add("--rank-popularity", choices=POPULARITIES, default="uniform", help="of ranks, smallest first (uniform)")
-    add("--adapter-popularity", choices=POPULARITIES, default="power-law", help="of adapters within a rank (power-law)")
+    add("--popularity", choices=POPULARITIES, default="power_law", help="of adapters within a rank (power_law)")
     add("--exponent", type=float, default=1.0, help="of the power laws (1)")
 
     add = parser.add_argument_group("output").add_argument
@@ -149,7 +150,7 @@ class _Command:
         offers = {target.name: discover(target, headers) for target in targets}
         ranks = _ranks(arguments, offers)
         lengths = _lengths(arguments, offers)
-        shares = adapter_shares(ranks, arguments.rank_popularity, arguments.adapter_popularity, arguments.exponent)
+        shares = adapter_shares(ranks, arguments.rank_popularity, arguments.popularity, arguments.exponent)
         workload = Workload(lengths, ranks, shares, arguments.seed)
         prompts = _prompts(arguments, partial(server_count, targets[0], next(iter(ranks)), headers))
         self._describe(targets, ranks, lengths)

@@ -1,5 +1,8 @@
 """Workloads: who asks for which adapter, when, and how much. Everything random comes from one seed.
 
+The simulator, calibration and the load generator (``bench.load.workload``) take arrivals, lengths and popularity from
+here.
+
 Lengths are drawn from a quantile function fitted to the Azure LLM inference trace, conversation service, 2023 (19,366
 requests; Azure Public Dataset, CC BY 4.0): its quantiles at ``_LEVELS``, joined by straight lines in the logarithm of
 the length. Prompt and output are drawn independently (their logarithms correlate by 0.09 in the trace). The fit's error
@@ -45,6 +48,9 @@ _PROMPT_TOKENS = (
 _OUTPUT_TOKENS = (7, 16, 41, 54, 67, 77, 85, 91, 103, 129, 177, 384, 395, 400, 411, 424, 451, 540, 601, 1000)
 
 
+Popularity = Literal["uniform", "power_law"]
+
+
 class TraceError(ValueError):
     """The trace cannot be used; the message says which line of which file and why."""
 
@@ -74,8 +80,8 @@ class AdapterMix(_Part):
 
     count: int = Field(100, ge=0)
     ranks: list[Count] = [8, 16, 32, 64, 128]
-    rank_popularity: Literal["uniform", "power_law"] = "uniform"
-    popularity: Literal["uniform", "power_law"] = "power_law"
+    rank_popularity: Popularity = "uniform"
+    popularity: Popularity = "power_law"
     exponent: NotNegative = 1.0
     base_share: float = Field(0.0, ge=0, le=1)
     drift_s: NotNegative = 0.0
@@ -198,6 +204,32 @@ def sample_lengths(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np
     return np.rint(prompts).astype(int), np.rint(outputs).astype(int)
 
 
+def poisson_arrivals(
+    requests_per_s: float, duration_s: float, rng: np.random.Generator, bursts: Bursts | None = None
+) -> np.ndarray:
+    """Seconds at which requests come, in order, all before ``duration_s``.
+
+    Without bursts, another rate gives the same times, scaled.
+    """
+    # Unit-rate arrivals in operational time, mapped back through the cumulative rate: exact for any bursts.
+    period_s = bursts.every_s if bursts else duration_s
+    gain = 1.0 + (bursts.length_s * (bursts.factor - 1) / period_s if bursts else 0.0)
+    total = requests_per_s * duration_s * max(1.0, gain, bursts.factor if bursts else 1.0)
+    marks = np.cumsum(rng.exponential(size=int(total + 10 * total**0.5 + 100))) / requests_per_s
+    if bursts:
+        periods, rest = np.divmod(marks, period_s * gain)
+        in_burst = np.minimum(rest, bursts.length_s * bursts.factor)
+        marks = periods * period_s + in_burst / bursts.factor + (rest - in_burst)
+    return marks[marks < duration_s]
+
+
+def popularity_shares(count: int, popularity: Popularity, exponent: float) -> np.ndarray:
+    """Share of the requests for each of ``count`` in order of popularity: equal, or as ``1 / place ** exponent``."""
+    weights = np.ones(count) if popularity == "uniform" else 1.0 / np.arange(1, count + 1) ** exponent
+    shares: np.ndarray = weights / weights.sum()
+    return shares
+
+
 def _time(row: TraceRow) -> float:
     return row.time_s
 
@@ -210,17 +242,7 @@ def _arrivals(config: WorkloadConfig, trace: list[TraceRow] | None, rng: np.rand
         offsets = np.array([row.time_s for row in trace]) * pace
         times = np.concatenate([offsets + number * span_s * pace for number in range(rounds)])
         return times[times < config.duration_s]
-    # Unit-rate arrivals in operational time, mapped back through the cumulative rate: exact for any bursts.
-    bursts = config.bursts
-    period_s = bursts.every_s if bursts else config.duration_s
-    gain = 1.0 + (bursts.length_s * (bursts.factor - 1) / period_s if bursts else 0.0)
-    total = config.requests_per_s * config.duration_s * max(1.0, gain, bursts.factor if bursts else 1.0)
-    marks = np.cumsum(rng.exponential(size=int(total + 10 * total**0.5 + 100))) / config.requests_per_s
-    if bursts:
-        periods, rest = np.divmod(marks, period_s * gain)
-        in_burst = np.minimum(rest, bursts.length_s * bursts.factor)
-        marks = periods * period_s + in_burst / bursts.factor + (rest - in_burst)
-    return marks[marks < config.duration_s]
+    return poisson_arrivals(config.requests_per_s, config.duration_s, rng, config.bursts)
 
 
 def _lengths(
@@ -238,20 +260,15 @@ def _choose(mix: AdapterMix, adapters: Sequence[Adapter], times: np.ndarray, rng
     if not adapters:
         return np.full(count, -1)
     num_ranks = min(len(mix.ranks), len(adapters))
-    rank_weights = _weights(num_ranks, mix.rank_popularity, mix.exponent)
+    rank_weights = popularity_shares(num_ranks, mix.rank_popularity, mix.exponent)
     groups = rng.choice(num_ranks, size=count, p=rank_weights)
     chosen = np.empty(count, int)
     for group in range(num_ranks):
         members = np.arange(group, len(adapters), len(mix.ranks))
         mine = np.flatnonzero(groups == group)
-        places = rng.choice(len(members), size=len(mine), p=_weights(len(members), mix.popularity, mix.exponent))
+        shares = popularity_shares(len(members), mix.popularity, mix.exponent)
+        places = rng.choice(len(members), size=len(mine), p=shares)
         moved = (times[mine] // mix.drift_s).astype(int) if mix.drift_s else 0
         chosen[mine] = members[(places + moved) % len(members)]
     chosen[rng.random(count) < mix.base_share] = -1
     return chosen
-
-
-def _weights(count: int, popularity: str, exponent: float) -> np.ndarray:
-    weights = np.ones(count) if popularity == "uniform" else 1.0 / np.arange(1, count + 1) ** exponent
-    shares: np.ndarray = weights / weights.sum()
-    return shares

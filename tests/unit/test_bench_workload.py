@@ -25,7 +25,7 @@ RANKS = {f"a-r{rank}-{number}": rank for rank in (8, 128) for number in range(4)
 
 
 def workload(seed: int = 1, ranks: dict[str, int | None] = RANKS) -> Workload:
-    shares = adapter_shares(ranks, "uniform", "power-law", 1.0)
+    shares = adapter_shares(ranks, "uniform", "power_law", 1.0)
     return Workload(scaled(synthetic_lengths(3), 512), ranks, shares, seed)
 
 
@@ -79,13 +79,13 @@ def test_another_rate_sends_the_same_requests_closer_together() -> None:
 
 
 def test_ranks_are_alike_and_adapters_within_a_rank_follow_a_power_law() -> None:
-    shares = adapter_shares(RANKS, "uniform", "power-law", 1.0)
+    shares = adapter_shares(RANKS, "uniform", "power_law", 1.0)
     assert sum(shares.values()) == pytest.approx(1.0)
     assert sum(share for model, share in shares.items() if RANKS[model] == 8) == pytest.approx(0.5)
     assert shares["a-r8-0"] == pytest.approx(4 * shares["a-r8-3"])
     counts = Counter(request.model for request in workload().one_by_one(20_000))
     assert counts["a-r128-0"] / 20_000 == pytest.approx(shares["a-r128-0"], abs=0.015)
-    skewed = adapter_shares(RANKS, "power-law", "uniform", 1.0)
+    skewed = adapter_shares(RANKS, "power_law", "uniform", 1.0)
     assert sum(share for model, share in skewed.items() if RANKS[model] == 8) == pytest.approx(2 / 3)
 
 

@@ -81,7 +81,7 @@ def test_deaths_that_leave_nobody_are_refused():
 
 def test_the_command_line_runs_the_policies_named_and_writes_their_figures(tmp_path, capsys):
     out = tmp_path / "out.json"
-    arguments = ["--replicas", "3", "--adapters", "30", "--requests", "60", "--skew", "0.5", "--drift", "2"]
+    arguments = ["--replicas", "3", "--adapters", "30", "--requests", "60", "--exponent", "0.5", "--drift-s", "2"]
     command = ["sim", "cluster", *arguments, "--routing", "random,affinity", "--json", str(out)]
     assert cli.main(command) == 0
     figures = json.loads(out.read_text())
@@ -128,7 +128,7 @@ def test_loads_are_shares_of_what_a_replica_serves_with_a_backlog(tmp_path):
         (["--replicas", "0"], "must be more than 0"),
         (["--rate", "1.5,-1"], "must be more than 0"),
         (["--load", "0"], "must be more than 0"),
-        (["--skew", "-1"], "exponent: Input should be greater than or equal to 0"),
+        (["--exponent", "-1"], "exponent: Input should be greater than or equal to 0"),
         (["--base-share", "1.5"], "base_share: Input should be less than or equal to 1"),
         (["--cost-model", "b200"], "no cost model 'b200'"),
     ],

@@ -1,8 +1,7 @@
-"""Which requests are sent when: Poisson arrivals, adapters by popularity, lengths drawn from a set; from one seed."""
+"""Which requests are sent when, by name: arrivals and popularity as in the simulator, lengths drawn from a set."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,8 +9,8 @@ from numpy.typing import NDArray
 from chameleon_ray.bench.load.errors import LoadError
 from chameleon_ray.bench.load.lengths import Lengths
 from chameleon_ray.policy.sizing import Scales, SizingOptions, weighted_size
+from chameleon_ray.sim.workload import Popularity, poisson_arrivals, popularity_shares
 
-Popularity = Literal["uniform", "power-law"]
 Ranks = Mapping[str, int | None]
 
 SIZE_CLASSES = ("small", "medium", "large")
@@ -42,16 +41,11 @@ def adapter_shares(ranks: Ranks, among_ranks: Popularity, within_rank: Popularit
     if not groups:
         raise LoadError("there is no model to send requests to")
     shares = {}
-    rank_weights = _weights(len(groups), among_ranks, exponent)
+    rank_weights = popularity_shares(len(groups), among_ranks, exponent)
     for (_, models), rank_weight in zip(sorted(groups.items()), rank_weights, strict=True):
-        for model, weight in zip(models, _weights(len(models), within_rank, exponent), strict=True):
+        for model, weight in zip(models, popularity_shares(len(models), within_rank, exponent), strict=True):
             shares[model] = float(rank_weight * weight)
     return shares
-
-
-def _weights(count: int, popularity: Popularity, exponent: float) -> NDArray[np.float64]:
-    weights = np.arange(1, count + 1, dtype=np.float64) ** -(exponent if popularity == "power-law" else 0.0)
-    return np.asarray(weights / weights.sum())
 
 
 class Workload:
@@ -75,11 +69,7 @@ class Workload:
     def poisson(self, window: int, rate_per_s: float, duration_s: float) -> list[PlannedRequest]:
         """Requests of one window of time, by arrival; none when the first would come after its end."""
         rng = np.random.default_rng([self._seed, 1, window])
-        times: list[float] = []
-        at_s = rng.exponential() / rate_per_s
-        while at_s < duration_s:
-            times.append(at_s)
-            at_s += rng.exponential() / rate_per_s
+        times: list[float] = poisson_arrivals(rate_per_s, duration_s, rng).tolist()
         return self._requests(np.random.default_rng([self._seed, 2, window]), times)
 
     def one_by_one(self, count: int) -> list[PlannedRequest]:
