@@ -6,7 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import fsspec  # type: ignore[import-untyped]
 
@@ -33,6 +33,8 @@ _T = TypeVar("_T")
 @dataclass(frozen=True, slots=True)
 class BucketFiles:
     """``RemoteFiles`` in a bucket."""
+
+    tells_changes: ClassVar[bool] = False
 
     file_system: Any
     folder: str

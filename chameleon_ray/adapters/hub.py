@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import urljoin, urlsplit
 
 import httpx
@@ -31,6 +31,8 @@ class HubFiles:
 
     token: None for huggingface_hub's own, False for none. endpoint: None for the configured hub.
     """
+
+    tells_changes: ClassVar[bool] = False
 
     uri: RemoteUri
     token: str | bool | None

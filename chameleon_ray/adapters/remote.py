@@ -3,8 +3,8 @@
 A file comes in parts, each tried again by itself: from one answer as long as that is fast, else several at once. They
 are appended in order, so that a file's length is how far it has come and a later attempt goes on from there. Sizes are
 known and checked before anything is read, and a server that sends more than it was asked for is not listened to. Both
-files carry a tag (ETag, generation, commit) that is looked at before and after: a change in between starts the fetch
-again.
+files carry a tag (ETag, generation, commit) that is looked at before, and with every answer or afterwards: a change in
+between starts the fetch again.
 """
 
 import logging
@@ -15,7 +15,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Protocol, TypeVar
 
@@ -99,8 +101,12 @@ class RemoteStream(Protocol):
 
 
 class RemoteFiles(Protocol):
-    """The files of one adapter. All methods block and raise FileNotFoundError, PermissionError, an AdapterError for
+    """The files of one adapter. tells_changes: whatever is read of a file that is not the mark's any more raises
+    AdapterChangedError. All methods block and raise FileNotFoundError, PermissionError, an AdapterError for
     good, and anything else for what may be better the next time."""
+
+    @property
+    def tells_changes(self) -> bool: ...
 
     def stat(self, name: str) -> FileMark: ...
 
@@ -145,12 +151,15 @@ class RemoteSource:
                 raise too_large(WEIGHTS_FILE, self.uri, max_bytes)
             mark = _mark_of(config, weights)
             _go_on_or_begin(into, mark)
-            self._download(files, CONFIG_FILE, config, into)
-            self._download(files, WEIGHTS_FILE, weights, into)
+            with suppress(AdapterChangedError):
+                _of_both(
+                    partial(self._download, files, CONFIG_FILE, config, into),
+                    partial(self._download, files, WEIGHTS_FILE, weights, into),
+                )
+                if files.tells_changes or _mark_of(*self._stat_both(files)) == mark:
+                    (into / _MARK_FILE).unlink()
+                    return mark
             config, weights = self._stat_both(files)
-            if _mark_of(config, weights) == mark:
-                (into / _MARK_FILE).unlink()
-                return mark
             logger.info("%s changed while it was read; reading it again", self.uri)
         raise AdapterChangedError(f"the files at {self.uri!r} keep changing: load it when they are complete")
 
@@ -158,10 +167,10 @@ class RemoteSource:
         return self._tried("", self.open_files)
 
     def _stat_both(self, files: RemoteFiles) -> tuple[FileMark, FileMark]:
-        with ThreadPoolExecutor(1, thread_name_prefix="stat") as other:
-            weights = other.submit(self._tried, WEIGHTS_FILE, lambda: files.stat(WEIGHTS_FILE))
-            config = self._tried(CONFIG_FILE, lambda: files.stat(CONFIG_FILE))
-            return config, weights.result()
+        return _of_both(
+            lambda: self._tried(CONFIG_FILE, lambda: files.stat(CONFIG_FILE)),
+            lambda: self._tried(WEIGHTS_FILE, lambda: files.stat(WEIGHTS_FILE)),
+        )
 
     def _download(self, files: RemoteFiles, name: str, mark: FileMark, into: Path) -> None:
         def part(start: int) -> bytes:
@@ -246,6 +255,13 @@ class RemoteSource:
             if attempt < self.attempts:
                 self.sleep(min(_FIRST_PAUSE_S * 2 ** (attempt - 1), _LONGEST_PAUSE_S) * (0.5 + self.rng() / 2))
         raise AdapterSourceError(f"{self.uri!r} cannot be read after {self.attempts} attempts: {kind}")
+
+
+def _of_both(config: Callable[[], _T], weights: Callable[[], _T]) -> tuple[_T, _T]:
+    """What each returns, done at the same time. Errors of the configuration come first."""
+    with ThreadPoolExecutor(1, thread_name_prefix="weights") as other:
+        coming = other.submit(weights)
+        return config(), coming.result()
 
 
 def _mark_of(config: FileMark, weights: FileMark) -> str:

@@ -3,13 +3,14 @@
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from botocore import UNSIGNED  # type: ignore[import-untyped]
 from botocore.config import Config  # type: ignore[import-untyped]
 from botocore.exceptions import ClientError  # type: ignore[import-untyped]
 from botocore.session import Session  # type: ignore[import-untyped]
 
+from chameleon_ray.adapters.errors import AdapterChangedError
 from chameleon_ray.adapters.remote import FileMark
 
 _CONNECT_TIMEOUT_S = 5.0
@@ -47,6 +48,8 @@ def open_s3(options: dict[str, Any], timeout_s: float) -> Any:
 class S3Files:
     """``RemoteFiles`` in a bucket. timeout_s: limit for one request and one part of a stream."""
 
+    tells_changes: ClassVar[bool] = True
+
     client: Any
     bucket: str
     folder: str
@@ -76,6 +79,9 @@ class S3Files:
         except ClientError as error:
             _raise(error)
         stream = S3Stream(answer["Body"], self.timeout_s)
+        if answer["ETag"].strip('"') != mark.tag:
+            stream.close()
+            raise AdapterChangedError(f"{name} is another one now")
         if answer["ContentLength"] != end - start:
             stream.close()
             raise EOFError(f"{answer['ContentLength']} bytes instead of {end - start}")

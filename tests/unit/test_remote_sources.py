@@ -160,7 +160,7 @@ def test_pauses_grow_and_attempts_end(blob: tuple[str, Path], proxy: Proxy, tmp_
     source = source_of(blob[0], settings(proxy.url, source_attempts=6))
     pauses: list[float] = []
     source.sleep, source.rng = pauses.append, lambda: 1.0
-    proxy.fault = lambda method, *_: "slow_down" if method == "GET" else None
+    proxy.fault = lambda method, path, _: "slow_down" if method == "GET" and path.endswith("rs") else None
     with pytest.raises(AdapterSourceError, match="after 6 attempts") as caught:
         _fetch(source, tmp_path / "into")
     assert caught.value.http_status == 502
@@ -203,7 +203,7 @@ def test_a_change_during_the_download_is_noticed(s3: S3, blob: tuple[str, Path],
 
     seeds = iter(range(100, 200))
     proxy.fault = lambda method, path, _: (
-        _blob(s3, folder, key, next(seeds)) and None if method == "HEAD" and path.endswith("json") else None
+        _blob(s3, folder, key, next(seeds)) and None if method == "GET" and path.endswith("rs") else None
     )
     with pytest.raises(AdapterChangedError, match="keep changing"):
         _fetch(source, tmp_path / "never")
