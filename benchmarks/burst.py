@@ -95,7 +95,7 @@ class _Engine:
             if not (outputs := self._llm.step()):
                 continue
             ended |= {output.request_id for output in outputs if output.finished}
-            held, in_use = self._memory.cache.stats().blocks_held, self._memory.policy.pinned_blocks
+            held, in_use = self._memory.cache.stats().blocks_held, self._memory.policy.room.pinned_blocks
             kv = self.num_blocks - self._pool.get_num_free_blocks() - held
             self.samples.append(Sample(phase, held - in_use, in_use, kv))
 

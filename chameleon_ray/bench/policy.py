@@ -22,8 +22,9 @@ from chameleon_ray.policy.adapter import Tier
 from chameleon_ray.policy.admission import Obstacle
 from chameleon_ray.policy.cache_types import CacheConfig, Plan
 from chameleon_ray.policy.disciplines import QueueOptions
+from chameleon_ray.policy.records import QueuedRequest
 from chameleon_ray.policy.replica import ReplicaConfig, ReplicaPolicy
-from chameleon_ray.policy.sizing import QueuedRequest, SizingOptions
+from chameleon_ray.policy.sizing import SizingOptions
 from chameleon_ray.routing.ranking import LoadCosts, rank_replicas
 from chameleon_ray.routing.replica_load import ReplicaLoad
 from chameleon_ray.routing.replica_table import ReplicaTable, ReplicaView

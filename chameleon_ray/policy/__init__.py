@@ -2,7 +2,7 @@
 
 ``replica.ReplicaPolicy`` is what engine and simulator drive. A request's life is ``arrive``, then in every step
 ``begin_step`` -> ``peek`` -> ``admit`` or ``pass_over`` -> ``end_step``, then ``finish``. Queues own the one record of
-a request (``size_queue.Entry``), the cache that of an adapter on its replica (``residency.Entry``).
+a request, the cache that of an adapter on its replica (both in ``records.py``).
 
 Adapters
     tier        where its weights lie: at their source, on disk, in host memory, in GPU memory

@@ -1,12 +1,9 @@
-"""What queues and adapter cache tell each other about a request that wants to run."""
+"""What is said of a request that wants to run, and of the queues as they are."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
 
 from chameleon_ray.policy.figures import level, total
-from chameleon_ray.policy.sizing import QueuedRequest
 
 
 class Admission(Enum):
@@ -20,19 +17,6 @@ class Admission(Enum):
     """On its way."""
     NO_ROOM = "no room"
     """Cannot fit even if all idle adapters are evicted."""
-
-
-class AdapterRoom(Protocol):
-    """What queues ask of the adapter cache. Both are questions: they change nothing."""
-
-    def admission(self, request: QueuedRequest) -> Admission:
-        """Whether the request's adapter lets it run now."""
-
-    def ends_needed(self, request: QueuedRequest, leaving: Sequence[str]) -> int | None:
-        """How many of the running requests ``leaving`` must be gone, in that order, for the request to have room.
-
-        Idle adapters are evicted for it. None where not even all of them suffice.
-        """
 
 
 class Obstacle(Enum):

@@ -1,11 +1,11 @@
 """The adapter cache of one replica: which adapters are resident in idle KV memory (Chameleon, MICRO 2025).
 
-A driver (vLLM's scheduler, the simulator) tells it what happens and asks what to do:
+``ReplicaPolicy`` tells it what happens and asks what to do:
 
-- requests: ``enqueue`` when one arrives, ``acquire`` when it starts to run, ``requeue`` when it is preempted,
-  ``release`` when it ends in any way; base-model requests are none of its business;
+- requests: ``count_request`` when one has come, ``use`` when one has begun or ceased to run, ``update`` when one that
+  waited has left; base-model requests are none of its business;
 - each step: ``plan`` then ``commit``, then carry the plan out; ``reclaim`` then ``commit`` where a KV allocation fails;
-- results: ``fetched``, ``fetch_failed``, ``loaded``, ``load_failed``.
+- results: ``fetched``, ``loaded``, ``failed``.
 
 Time is the driver's, in seconds on any one clock. Questions change nothing. What is illegal raises a ``CacheError`` and
 changes nothing.
@@ -14,9 +14,7 @@ changes nothing.
 from collections.abc import Callable, Collection, Iterable, Mapping
 from math import ceil, exp
 
-import numpy as np
-
-from chameleon_ray.policy.adapter import Adapter, Tier
+from chameleon_ray.policy.adapter import Adapter
 from chameleon_ray.policy.cache_types import (
     CacheConfig,
     CacheCorrupt,
@@ -28,22 +26,21 @@ from chameleon_ray.policy.cache_types import (
 )
 from chameleon_ray.policy.eviction import POLICIES, UseHistory
 from chameleon_ray.policy.planning import Planner
-from chameleon_ray.policy.residency import Entry, Failure, Residency, State
+from chameleon_ray.policy.records import CacheEntry, Failure, State
+from chameleon_ray.policy.residency import Residency
 
 _NOT_TO_BE_MOVED = (State.RESIDENT, State.LOADING, State.FETCHING)
 
 
-class AdapterCache:
-    """Residency, reference counts and eviction order of one replica's adapters. See the module's head for its use."""
+class AdapterCache(Residency):
+    """Residency and eviction order of one replica's adapters. See the module's head for its use."""
 
     def __init__(self, config: CacheConfig) -> None:
+        super().__init__()
         self.config = config
-        self._residency = Residency()
         self._history = UseHistory(config.frequency_window_s)
-        scorer = POLICIES[config.adapter_policy].scorer(config.weights)
+        self._planner = Planner(config, self, self._history)
         self._keeps_idle = POLICIES[config.adapter_policy].keeps_idle
-        self._planner = Planner(config, scorer, self._residency, self._history)
-        self._version = 0
         self._prefetch_from_s = float("-inf")
         self._evictions = dict.fromkeys(EvictReason, 0)
         self._hits = self._misses = self._loads = self._prefetches = self._load_failures = 0
@@ -52,74 +49,50 @@ class AdapterCache:
     def add(self, adapter: Adapter, num_blocks: int, *, on_disk: bool = True) -> None:
         """Make an adapter known, absent; one that is known already only has its retirement revoked.
 
-        num_blocks: KV-pool blocks that its weights take. on_disk: whether the node's store has its files.
+        num_blocks: blocks of GPU memory that its weights take. on_disk: whether the node's store has its files.
         Raises AdapterTooLarge if it can never be resident, IllegalChange if the digest is known with other sizes.
         """
-        known = self._residency.entries.get(adapter.digest)
-        if known is not None:
-            if (known.adapter, known.num_blocks) != (adapter, num_blocks):
-                raise IllegalChange(
-                    f"adapter {adapter.digest} is known as {known.adapter} with {known.num_blocks} blocks"
-                )
-            self._residency.set_retired(known, False)
-            self.set_on_disk(adapter.digest, on_disk)
-            return
-        self.config.check_size(num_blocks, adapter.size_bytes)
-        row = self._history.add(adapter.digest, adapter.size_bytes, num_blocks)
-        entry = Entry(adapter, num_blocks, row, on_disk)
-        self._residency.add(entry)
-        self._version += 1
+        entry = self.entries.get(adapter.digest)
+        if entry is None:
+            self.config.check_size(num_blocks, adapter.size_bytes)
+            entry = self.entries[adapter.digest] = CacheEntry(adapter, num_blocks)
+        elif (entry.adapter, entry.num_blocks) != (adapter, num_blocks):
+            raise IllegalChange(f"adapter {adapter.digest} is known as {entry.adapter} with {entry.num_blocks} blocks")
+        entry.retired, entry.on_disk = False, on_disk
+        self.update(entry)
 
     def retire(self, digest: str) -> None:
         """Serve the adapter's requests to their end, then let it leave everywhere and forget it."""
-        entry = self._residency.entry(digest)
-        self._residency.set_retired(entry, True)
-        self._settle(entry)
+        entry = self.entry(digest)
+        entry.retired = True
+        self.update(entry)
 
-    def set_on_disk(self, digest: str, on_disk: bool) -> None:
-        """The node's store gained or lost the adapter's files."""
-        self._residency.entry(digest).on_disk = on_disk
-        self._version += 1
-
-    def enqueue(self, request_id: str, digest: str, now_s: float) -> bool:
-        """A request for the adapter arrived and waits. Returns whether it hit: the adapter is resident."""
-        entry = self._residency.entry(digest)
-        self._residency.enqueue(entry, request_id)
-        self._history.used(entry.row, now_s)
+    def count_request(self, entry: CacheEntry, now_s: float) -> bool:
+        """A request for the adapter has come, and waits. Returns whether it hit: the adapter is resident."""
+        self._history.used(entry, now_s)
+        self.update(entry)
         hit = entry.state is State.RESIDENT
         self._hits += hit
         self._misses += not hit
-        self._version += 1
         return hit
 
-    def acquire(self, request_id: str, now_s: float) -> None:
-        """A queued request starts to run: its adapter cannot leave until it is released. Raises unless resident."""
-        self._touch(self._residency.acquire(request_id), now_s)
-
-    def requeue(self, request_id: str, now_s: float) -> None:
-        """A running request was preempted and waits again, as old as it is."""
-        self._touch(self._residency.requeue(request_id), now_s)
-
-    def release(self, request_id: str, now_s: float) -> None:
-        """A request ended, queued or running, for whatever reason. Raises UnknownRequest the second time."""
-        was_running = request_id in self._residency.entry_of(request_id).running
-        entry = self._residency.release(request_id)
-        if was_running:
-            self._touch(entry, now_s)
-        self._settle(entry)
+    def use(self, entry: CacheEntry, now_s: float) -> None:
+        """A request has begun or ceased to run on the adapter. Raises IllegalChange where it cannot be computed on."""
+        if entry.running and entry.state is not State.RESIDENT:
+            raise IllegalChange(f"a request runs on adapter {entry.digest}, which is {entry.state}")
+        self._history.touched(entry, now_s)
+        self.update(entry)
 
     @property
-    def has_leavers(self) -> bool:
-        """Whether retired adapters that no request wants are still somewhere."""
-        return any(not entry.wanted for entry in self._residency.retired.values())
+    def is_busy(self) -> bool:
+        """Whether adapters are on their way: fetches and loads, and those that are to leave everywhere."""
+        return bool(self.loading or self.fetching or self.leavers)
 
     @property
     def settled(self) -> bool:
         """Whether plans for needed adapters that are resident or on their way are empty until something changes."""
-        residency = self._residency
-        waiting = residency.to_load.order or residency.to_fetch.order
-        unused = residency.idle and not self._keeps_idle
-        return not (waiting or unused or residency.retired)
+        unused = self.idle and not self._keeps_idle
+        return not (self.to_load.order or self.to_fetch.order or unused or self.leavers)
 
     def plan(self, needed: Iterable[str], free_blocks: int, now_s: float) -> Plan:
         """What to evict, load and fetch now, by the rules in ``policy/planning.py``.
@@ -127,11 +100,11 @@ class AdapterCache:
         needed: digests of the adapters that the next requests to run need, most urgent first.
         free_blocks: what the pool has left once the next batch's KV is set aside; negative: evict for the KV as well.
         """
-        entries = [self._residency.entry(digest) for digest in dict.fromkeys(needed)]
+        entries = [self.entry(digest) for digest in dict.fromkeys(needed)]
         if free_blocks >= 0 and self.settled and all(entry.state in _NOT_TO_BE_MOVED for entry in entries):
-            return Plan(version=self._version)
+            return Plan(version=self.version)
         may_prefetch = self.config.prefetch and now_s >= self._prefetch_from_s
-        return self._planner.draft(self._version, entries, free_blocks, now_s, may_prefetch)
+        return self._planner.draft(entries, free_blocks, now_s, may_prefetch)
 
     def reclaim(self, num_blocks: int, now_s: float, keep: Collection[str] = ()) -> Plan:
         """The evictions that give ``num_blocks`` to a KV allocation that would fail, or all there are.
@@ -139,124 +112,79 @@ class AdapterCache:
         The plan's ``freed_blocks`` says how many it frees; where too few, not to commit it leaves no trace.
         keep: digests that must stay, such as the adapter of the request that the allocation is for.
         """
-        return self._planner.reclaim(self._version, num_blocks, keep, now_s)
+        return self._planner.reclaim(num_blocks, keep, now_s)
 
     def commit(self, plan: Plan, now_s: float) -> None:
         """Take the plan as done: evicted and dropped, loads and fetches under way. Raises StalePlan."""
-        if plan.version != self._version:
-            raise StalePlan(f"plan of version {plan.version} for a cache at version {self._version}: plan again")
-        if not plan:
-            return
-        residency = self._residency
-        left = [residency.entry(digest) for digest in (*(e.digest for e in plan.evict), *plan.drop)]
+        if plan.version != self.version:
+            raise StalePlan(f"plan of version {plan.version} for a cache at version {self.version}: plan again")
         for eviction in plan.evict:
-            entry = residency.entry(eviction.digest)
-            residency.evict(entry)
-            self._history.evicted(entry.row)
+            entry = self.entry(eviction.digest)
+            self.evict(entry)
+            self._history.evicted(entry)
             self._evictions[eviction.reason] += 1
             if eviction.reason is EvictReason.KV_PRESSURE:
                 self._prefetch_from_s = now_s + self.config.prefetch_pause_s
         for digest in plan.drop:
-            residency.drop_host(residency.entry(digest))
+            self.drop_host(self.entry(digest))
         for digest in plan.load:
-            entry = residency.entry(digest)
-            residency.start_load(entry)
-            self._history.loaded(entry.row, now_s)
+            entry = self.entry(digest)
+            self.move(entry, (State.HOST,), State.LOADING)
+            self._history.loaded(entry, now_s)
         for digest in plan.fetch:
-            entry = residency.entry(digest)
-            residency.start_fetch(entry)
-            self._history.touched(entry.row, now_s)
+            entry = self.entry(digest)
+            self.move(entry, (State.ABSENT, State.FAILED), State.FETCHING)
+            self._history.touched(entry, now_s)
         self._loads += len(plan.load)
         self._prefetches += plan.num_prefetch
         self._fetches += len(plan.fetch)
         self._host_drops += len(plan.drop)
-        for entry in left:
-            self._settle(entry)
-        self._version += 1
 
     def fetched(self, digest: str) -> None:
-        """The host copy is complete (and the files are on disk)."""
-        self._residency.finish_fetch(self._residency.entry(digest))
-        self._version += 1
-
-    def fetch_failed(self, digest: str, reason: str, now_s: float, *, is_permanent: bool = False) -> None:
-        """The adapter could not be read; it may be tried again after ``retry_after_s``, unless ``is_permanent``."""
-        entry = self._residency.entry(digest)
-        self._residency.fail_fetch(entry, self._failure(reason, now_s, is_permanent))
-        self._fetch_failures += 1
-        self._settle(entry)
+        """The host copy is complete, and the files are on disk."""
+        entry = self.entry(digest)
+        self.move(entry, (State.FETCHING,), State.HOST)
+        entry.on_disk = True
 
     def loaded(self, digest: str) -> None:
         """The adapter's weights can be computed on: it is resident."""
-        self._residency.finish_load(self._residency.entry(digest))
-        self._version += 1
+        self.move(self.entry(digest), (State.LOADING,), State.RESIDENT)
 
-    def load_failed(self, digest: str, reason: str, now_s: float, *, is_permanent: bool = False) -> None:
-        """The adapter could not be loaded: the driver gives back its blocks and its host copy."""
-        entry = self._residency.entry(digest)
-        self._residency.fail_load(entry, self._failure(reason, now_s, is_permanent))
-        self._load_failures += 1
-        self._settle(entry)
+    def failed(self, digest: str, reason: str, now_s: float, *, is_permanent: bool = False) -> None:
+        """The fetch or load under way has failed: host copy and blocks are given back.
 
-    def knows(self, digest: str) -> bool:
-        """Whether the adapter was added and not forgotten since."""
-        return digest in self._residency.entries
-
-    def entry(self, digest: str) -> Entry:
-        """The one record of the adapter, to be read only. Raises UnknownAdapter."""
-        return self._residency.entry(digest)
-
-    def state(self, digest: str) -> State:
-        """The adapter's state. Raises UnknownAdapter."""
-        return self._residency.entry(digest).state
-
-    @property
-    def blocks_held(self) -> int:
-        """Blocks of adapters that are loading or resident."""
-        return self._residency.blocks_held
-
-    @property
-    def idle_blocks(self) -> int:
-        """Blocks of resident adapters that no running request uses."""
-        return self._residency.idle_blocks
-
-    def failure(self, digest: str, now_s: float) -> Failure | None:
-        """Why requests for the adapter are to be refused now; None when they are not."""
-        failure = self._residency.entry(digest).failure
-        return failure if failure is not None and not failure.is_over(now_s) else None
-
-    def tier(self, digest: str) -> Tier:
-        """The adapter's tier, for placement. Raises UnknownAdapter."""
-        return self._residency.entry(digest).tier
-
-    def tiers(self) -> dict[str, Tier]:
-        """Digest -> tier of every known adapter, for placement."""
-        return {digest: entry.tier for digest, entry in self._residency.entries.items()}
+        The adapter may be tried again after ``retry_after_s``, unless ``is_permanent``.
+        """
+        entry = self.entry(digest)
+        was_loading = entry.state is State.LOADING
+        failure = Failure(reason, None if is_permanent else now_s + self.config.retry_after_s)
+        self.move(entry, (State.FETCHING, State.LOADING), State.FAILED, failure)
+        self._load_failures += was_loading
+        self._fetch_failures += not was_loading
 
     def eviction_cost_s(self, free_blocks: int, now_s: float, load_s: Callable[[int], float]) -> float:
         """Seconds that later requests are expected to lose if one more adapter of mean size is loaded.
 
         load_s: seconds that a load of so many bytes takes. Each victim costs its load time, times the chance that
-        somebody asks for it within the window that follows: 1 if a request is queued for it, else
+        somebody asks for it again: 1 where a request is queued, else by its uses lately,
         ``1 - exp(-uses in the window)``. Where not even that makes room, one mean load is added for the wait.
         """
-        entries = self._residency.entries.values()
+        entries = self.entries.values()
         if not entries:
             return 0.0
         mean_blocks = ceil(sum(entry.num_blocks for entry in entries) / len(entries))
         fits, victims = self._planner.victims(mean_blocks, free_blocks, now_s)
-        uses = self._history.frequency(np.array([entry.row for entry in victims], np.int64), now_s)
         cost_s = 0.0
-        for entry, count in zip(victims, uses.tolist(), strict=True):
-            cost_s += load_s(entry.adapter.size_bytes) * (1.0 if entry.queued else 1.0 - exp(-count))
+        for entry in victims:
+            chance = 1.0 if entry.queued else 1.0 - exp(-self._history.frequency(entry, now_s))
+            cost_s += load_s(entry.adapter.size_bytes) * chance
         if not fits:
             cost_s += load_s(sum(entry.adapter.size_bytes for entry in entries) // len(entries))
         return cost_s
 
     def stats(self) -> CacheStats:
         """Counters and gauges for the metrics."""
-        residency = self._residency
-        entries = residency.entries.values()
+        entries = self.entries.values()
         return CacheStats(
             hits=self._hits,
             misses=self._misses,
@@ -267,42 +195,20 @@ class AdapterCache:
             fetches=self._fetches,
             fetch_failures=self._fetch_failures,
             host_drops=self._host_drops,
-            blocks_held=residency.blocks_held,
-            host_bytes_held=residency.host_bytes_held,
+            blocks_held=self.blocks_held,
+            host_bytes_held=self.host_bytes_held,
             adapters_known=len(entries),
-            adapters_resident=sum(entry.state is State.RESIDENT for entry in entries),
-            adapters_in_host=len(residency.hosted),
-            loads_in_flight=len(residency.loading),
-            fetches_in_flight=len(residency.fetching),
+            adapters_resident=len(self.held) - len(self.loading),
+            adapters_in_host=len(self.hosted),
+            loads_in_flight=len(self.loading),
+            fetches_in_flight=len(self.fetching),
             requests_running=sum(len(entry.running) for entry in entries),
             requests_queued=sum(len(entry.queued) for entry in entries),
             requests_waiting=sum(len(entry.queued) for entry in entries if entry.state is not State.RESIDENT),
         )
 
-    def check(
-        self, owned_blocks: Mapping[str, int] | None = None, live_requests: Collection[str] | None = None
-    ) -> None:
-        """Raise CacheCorrupt, with the numbers, unless everything adds up.
-
-        owned_blocks: what the driver's pool says each adapter holds.
-        live_requests: ids of the driver's requests for adapters.
-        """
-        self._residency.check(owned_blocks, live_requests)
-        bounds = self.config.max_blocks, self.config.adapter_host_bytes
-        held = self._residency.blocks_held, self._residency.host_bytes_held
-        if held[0] > bounds[0] or held[1] > bounds[1]:
-            raise CacheCorrupt(f"(blocks, host bytes) {held} held, over the bounds {bounds}")
-
-    def _failure(self, reason: str, now_s: float, is_permanent: bool) -> Failure:
-        return Failure(reason, None if is_permanent else now_s + self.config.retry_after_s)
-
-    def _touch(self, entry: Entry, now_s: float) -> None:
-        self._history.touched(entry.row, now_s)
-        self._version += 1
-
-    def _settle(self, entry: Entry) -> None:
-        """After something was let go: forget a retired adapter of which nothing is left."""
-        self._version += 1
-        if self._residency.can_forget(entry):
-            self._residency.forget(entry)
-            self._history.remove(entry.row)
+    def check(self, owned_blocks: Mapping[str, int] | None = None) -> None:
+        """See ``Residency.check``; the bounds hold as well."""
+        super().check(owned_blocks)
+        if self.blocks_held > self.config.max_blocks or self.host_bytes_held > self.config.adapter_host_bytes:
+            raise CacheCorrupt(f"{self.blocks_held} blocks and {self.host_bytes_held} host bytes held: over the bounds")

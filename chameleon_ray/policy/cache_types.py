@@ -16,12 +16,8 @@ class UnknownAdapter(CacheError):
     """No adapter of this digest: ``add`` it first."""
 
 
-class UnknownRequest(CacheError):
-    """No such request is queued or running: it was never enqueued, or released already."""
-
-
 class IllegalChange(CacheError):
-    """The adapter's or the request's state does not allow the change."""
+    """The adapter's state does not allow the change."""
 
 
 class AdapterTooLarge(CacheError):

@@ -1,7 +1,6 @@
 """Which idle adapters leave first: what is remembered of their use, and the scores built on it.
 
-``UseHistory`` keeps one row per known adapter in numpy columns, so that scoring a few hundred candidates costs a few
-tens of microseconds. A score says how much an adapter is worth keeping: the lowest leaves first, ties go by digest.
+A score says how much an adapter is worth keeping: the lowest leaves first, ties go by digest.
 
 Policies by name (``POLICIES``):
 
@@ -16,19 +15,19 @@ Policies by name (``POLICIES``):
   memory is short before that).
 """
 
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 
 import numpy as np
 import numpy.typing as npt
 
+from chameleon_ray.policy.records import CacheEntry
+
 Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 _NUM_BUCKETS = 30
-_FIRST_CAPACITY = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +44,7 @@ PAPER_WEIGHTS = Weights()
 
 
 class UseHistory:
-    """How often, how recently and at which size each adapter was used; rows are handed out by ``add``.
+    """How often and how recently each adapter was used, kept in its record.
 
     Frequency is the number of uses in a sliding window, counted in 30 buckets of ``window_s / 30`` seconds: it covers
     between 29/30 of the window and all of it, and needs no memory per use. A time before the latest one seen counts
@@ -54,138 +53,88 @@ class UseHistory:
 
     def __init__(self, window_s: float) -> None:
         self._bucket_s = window_s / _NUM_BUCKETS
-        self._bucket: int | None = None
-        self._sorted_digests: list[str] = []
-        self._free_rows: list[int] = list(range(_FIRST_CAPACITY - 1, -1, -1))
-        self._counts: Ints = np.zeros((_FIRST_CAPACITY, _NUM_BUCKETS), np.int64)
-        self._totals: Ints = np.zeros(_FIRST_CAPACITY, np.int64)
-        self._digest_order: Ints = np.full(_FIRST_CAPACITY, -1, np.int64)
-        self.last_used_s: Floats = np.zeros(_FIRST_CAPACITY)
-        self.size_bytes: Floats = np.zeros(_FIRST_CAPACITY)
-        self.num_blocks: Floats = np.ones(_FIRST_CAPACITY)
+        self._bucket = 0
         self._clock = 0.0
-        self._clock_at_use: Floats = np.zeros(_FIRST_CAPACITY)
-        self._uses_since_load: Floats = np.zeros(_FIRST_CAPACITY)
 
-    def add(self, digest: str, size_bytes: int, num_blocks: int) -> int:
-        """A row for an adapter without any use so far."""
-        if not self._free_rows:
-            self._grow()
-        row = self._free_rows.pop()
-        position = bisect_left(self._sorted_digests, digest)
-        self._sorted_digests.insert(position, digest)
-        self._digest_order[self._digest_order >= position] += 1
-        self._digest_order[row] = position
-        self.size_bytes[row] = size_bytes
-        self.num_blocks[row] = num_blocks
-        return row
-
-    def remove(self, row: int) -> None:
-        """Forget a row; its number is handed out again."""
-        position = int(self._digest_order[row])
-        del self._sorted_digests[position]
-        self._digest_order[self._digest_order > position] -= 1
-        self._digest_order[row] = -1
-        for column in (self._totals, self.last_used_s, self._clock_at_use, self._uses_since_load):
-            column[row] = 0
-        self._counts[row] = 0
-        self._free_rows.append(row)
-
-    def used(self, row: int, now_s: float) -> None:
+    def used(self, entry: CacheEntry, now_s: float) -> None:
         """A request asked for the adapter."""
-        bucket = self._advance(now_s)
-        self._counts[row, bucket % _NUM_BUCKETS] += 1
-        self._totals[row] += 1
-        self._uses_since_load[row] += 1
-        self._clock_at_use[row] = self._clock
-        self.touched(row, now_s)
+        self._bucket = self._latest_bucket(now_s)
+        counts = entry.use_counts
+        while counts and counts[0][0] <= self._bucket - _NUM_BUCKETS:
+            entry.num_uses -= counts.popleft()[1]
+        before = counts.pop()[1] if counts and counts[-1][0] == self._bucket else 0
+        counts.append((self._bucket, before + 1))
+        entry.num_uses += 1
+        entry.uses_since_load += 1
+        entry.clock_at_use = self._clock
+        self.touched(entry, now_s)
 
-    def touched(self, row: int, now_s: float) -> None:
+    def touched(self, entry: CacheEntry, now_s: float) -> None:
         """The adapter is in use at ``now_s``: recency moves, frequency does not."""
-        if now_s > self.last_used_s[row]:
-            self.last_used_s[row] = now_s
+        entry.last_used_s = max(entry.last_used_s, now_s)
 
-    def loaded(self, row: int, now_s: float) -> None:
+    def loaded(self, entry: CacheEntry, now_s: float) -> None:
         """The adapter entered the cache, for at least one use."""
-        self._uses_since_load[row] = max(1.0, self._uses_since_load[row])
-        self._clock_at_use[row] = self._clock
-        self.touched(row, now_s)
+        entry.uses_since_load = max(1, entry.uses_since_load)
+        entry.clock_at_use = self._clock
+        self.touched(entry, now_s)
 
-    def evicted(self, row: int) -> None:
+    def evicted(self, entry: CacheEntry) -> None:
         """The adapter left the cache: the greedy-dual clock rises to its score, and its uses start again at 0."""
-        self._clock = max(self._clock, float(self.greedy_dual(np.array([row]))[0]))
-        self._uses_since_load[row] = 0
+        self._clock = max(self._clock, greedy_dual(entry))
+        entry.uses_since_load = 0
 
-    def frequency(self, rows: Ints, now_s: float) -> Floats:
-        """Uses of each row within the window that ends at ``now_s``."""
-        totals = self._totals[rows]
-        if self._bucket is not None and (passed := int(now_s // self._bucket_s) - self._bucket) > 0:
-            expired = (self._bucket + 1 + np.arange(min(passed, _NUM_BUCKETS))) % _NUM_BUCKETS
-            totals = totals - self._counts[rows[:, None], expired].sum(axis=1)
-        return totals.astype(np.float64)
+    def frequency(self, entry: CacheEntry, now_s: float) -> int:
+        """Uses within the window that ends at ``now_s``."""
+        first = self._latest_bucket(now_s) - _NUM_BUCKETS + 1
+        expired = takewhile(lambda count: count[0] < first, entry.use_counts)
+        return entry.num_uses - sum(uses for _, uses in expired)
 
-    def greedy_dual(self, rows: Ints) -> Floats:
-        """The GDSF priority of each row."""
-        return self._clock_at_use[rows] + self._uses_since_load[rows] / self.num_blocks[rows]
-
-    def order(self, rows: Sequence[int], scorer: "Scorer", now_s: float) -> list[int]:
-        """Positions in ``rows``, the one to evict first in front."""
-        if not rows:
+    def order(self, entries: Sequence[CacheEntry], scorer: "Scorer", now_s: float) -> list[CacheEntry]:
+        """The adapters, the one to evict first in front."""
+        if not entries:
             return []
-        array = np.array(rows, np.int64)
-        positions: list[int] = np.lexsort((self._digest_order[array], scorer(self, array, now_s))).tolist()
-        return positions
+        scores = scorer(self, entries, now_s).tolist()
+        return [entry for _, _, entry in sorted(zip(scores, (entry.digest for entry in entries), entries, strict=True))]
 
-    def _advance(self, now_s: float) -> int:
-        bucket = int(now_s // self._bucket_s)
-        if self._bucket is None:
-            self._bucket = bucket
-        passed = bucket - self._bucket
-        if passed > 0:
-            for step in range(min(passed, _NUM_BUCKETS)):
-                column = (self._bucket + 1 + step) % _NUM_BUCKETS
-                self._totals -= self._counts[:, column]
-                self._counts[:, column] = 0
-            self._bucket = bucket
-        return self._bucket
-
-    def _grow(self) -> None:
-        capacity = len(self._totals)
-        self._counts = np.vstack([self._counts, np.zeros((capacity, _NUM_BUCKETS), np.int64)])
-        self._totals = np.concatenate([self._totals, np.zeros(capacity, np.int64)])
-        self._digest_order = np.concatenate([self._digest_order, np.full(capacity, -1, np.int64)])
-        self.last_used_s = np.concatenate([self.last_used_s, np.zeros(capacity)])
-        self.size_bytes = np.concatenate([self.size_bytes, np.zeros(capacity)])
-        self.num_blocks = np.concatenate([self.num_blocks, np.ones(capacity)])
-        self._clock_at_use = np.concatenate([self._clock_at_use, np.zeros(capacity)])
-        self._uses_since_load = np.concatenate([self._uses_since_load, np.zeros(capacity)])
-        self._free_rows.extend(range(2 * capacity - 1, capacity - 1, -1))
+    def _latest_bucket(self, now_s: float) -> int:
+        return max(self._bucket, int(now_s // self._bucket_s))
 
 
-Scorer = Callable[[UseHistory, Ints, float], Floats]
-"""Scores of some rows at a time in seconds: lowest leaves first."""
+Scorer = Callable[[UseHistory, Sequence[CacheEntry], float], Floats]
+"""Scores of some adapters at a time in seconds: lowest leaves first."""
 
 
-def _normalised(values: Floats) -> Floats:
-    low = values.min()
-    span = values.max() - low
-    return (values - low) / span if span > 0 else np.zeros(len(values))
+def greedy_dual(entry: CacheEntry) -> float:
+    """The GDSF priority."""
+    return entry.clock_at_use + entry.uses_since_load / entry.num_blocks
 
 
-def _weighted(weights: Weights, history: UseHistory, rows: Ints, now_s: float) -> Floats:
+def _array(values: Iterable[float]) -> Floats:
+    return np.array(list(values), np.float64)
+
+
+def _normalised(values: Iterable[float]) -> Floats:
+    array = _array(values)
+    low = array.min()
+    span = array.max() - low
+    return (array - low) / span if span > 0 else np.zeros(len(array))
+
+
+def _weighted(weights: Weights, history: UseHistory, entries: Sequence[CacheEntry], now_s: float) -> Floats:
     return (
-        weights.frequency * _normalised(history.frequency(rows, now_s))
-        + weights.recency * _normalised(history.last_used_s[rows])
-        + weights.size * _normalised(history.size_bytes[rows])
+        weights.frequency * _normalised(history.frequency(entry, now_s) for entry in entries)
+        + weights.recency * _normalised(entry.last_used_s for entry in entries)
+        + weights.size * _normalised(entry.adapter.size_bytes for entry in entries)
     )
 
 
-def _least_recently_used(history: UseHistory, rows: Ints, now_s: float) -> Floats:
-    return history.last_used_s[rows]
+def _least_recently_used(history: UseHistory, entries: Sequence[CacheEntry], now_s: float) -> Floats:
+    return _array(entry.last_used_s for entry in entries)
 
 
-def _greedy_dual_size_frequency(history: UseHistory, rows: Ints, now_s: float) -> Floats:
-    return history.greedy_dual(rows)
+def _greedy_dual_size_frequency(history: UseHistory, entries: Sequence[CacheEntry], now_s: float) -> Floats:
+    return _array(greedy_dual(entry) for entry in entries)
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,11 +73,10 @@ class AccuracySnapshot:
 class PredictionAccuracy:
     """Accuracy over the latest ends, as a live metric. Recording and reading cost the same however long the window."""
 
-    def __init__(self, num_requests: int = 1000, buckets: Sequence[int] = LENGTH_BUCKETS) -> None:
+    def __init__(self, num_requests: int = 1000) -> None:
         if num_requests < 1:
             raise ValueError(f"num_requests is {num_requests}; the window holds at least 1")
         self._outcomes: deque[tuple[bool, int]] = deque(maxlen=num_requests)
-        self._buckets = tuple(buckets)
         self._num_right = 0
         self._sum_absolute = 0
         self._sum_signed = 0
@@ -86,7 +85,7 @@ class PredictionAccuracy:
         """Compare one prediction with what came of it."""
         if len(self._outcomes) == self._outcomes.maxlen:
             self._count(*self._outcomes[0], sign=-1)
-        right = length_bucket(num_predicted_tokens, self._buckets) == length_bucket(num_output_tokens, self._buckets)
+        right = length_bucket(num_predicted_tokens) == length_bucket(num_output_tokens)
         self._outcomes.append((right, num_predicted_tokens - num_output_tokens))
         self._count(*self._outcomes[-1], sign=1)
 
@@ -99,21 +98,6 @@ class PredictionAccuracy:
             mean_absolute_error_tokens=self._sum_absolute / n if n else None,
             mean_error_tokens=self._sum_signed / n if n else None,
         )
-
-    @property
-    def num_requests(self) -> int:
-        """Predictions that the figures below rest on."""
-        return len(self._outcomes)
-
-    @property
-    def right_bucket_share(self) -> float | None:
-        """Share of predictions in the right length class; None before the first end."""
-        return self.snapshot().right_bucket_share
-
-    @property
-    def mean_absolute_error_tokens(self) -> float | None:
-        """Mean absolute error in tokens; None before the first end."""
-        return self.snapshot().mean_absolute_error_tokens
 
     def _count(self, right: bool, error: int, sign: int) -> None:
         self._num_right += sign * right
@@ -137,7 +121,6 @@ class HistoryPredictor:
                 "max_model_len and default_tokens must be at least 1, "
                 f"max_groups and num_recent at least {_MIN_OBSERVATIONS}"
             )
-        self.accuracy = PredictionAccuracy()
         self._max_model_len = max_model_len
         self._default_tokens = default_tokens
         self._max_groups = max_groups
@@ -151,13 +134,16 @@ class HistoryPredictor:
 
     def predict(self, features: LengthFeatures) -> int:
         """See ``LengthPredictor.predict``; ``default_tokens`` before anything like it was served."""
-        return self._predict(features, _group_keys(features))
+        for key in _group_keys(features):
+            recent = self._groups.get(key)
+            if recent is not None and len(recent) >= _MIN_OBSERVATIONS:
+                return capped(sorted(recent)[len(recent) // 2], features, self._max_model_len)
+        return capped(self._default_tokens, features, self._max_model_len)
 
     def observe(self, features: LengthFeatures, num_output_tokens: int) -> None:
-        """See ``LengthPredictor.observe``; judges its own prediction first, then learns."""
-        keys, groups = _group_keys(features), self._groups
-        self.accuracy.record(self._predict(features, keys), num_output_tokens)
-        for key in reversed(keys):
+        """See ``LengthPredictor.observe``."""
+        groups = self._groups
+        for key in reversed(_group_keys(features)):
             if (recent := groups.get(key)) is None:
                 recent = groups[key] = deque(maxlen=self._num_recent)
             else:
@@ -171,13 +157,6 @@ class HistoryPredictor:
         self._groups.pop(("adapter", adapter_digest), None)
         for prompt_class in range(self._max_model_len.bit_length() + 1):
             self._groups.pop(("both", adapter_digest, prompt_class), None)
-
-    def _predict(self, features: LengthFeatures, keys: tuple[Hashable, ...]) -> int:
-        for key in keys:
-            recent = self._groups.get(key)
-            if recent is not None and len(recent) >= _MIN_OBSERVATIONS:
-                return capped(sorted(recent)[len(recent) // 2], features, self._max_model_len)
-        return capped(self._default_tokens, features, self._max_model_len)
 
 
 def _group_keys(features: LengthFeatures) -> tuple[Hashable, ...]:

@@ -5,14 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from chameleon_ray.policy.sizing import (
-    Floats,
-    QueuedRequest,
-    QueueLoad,
-    Scales,
-    SizingOptions,
-    weighted_size,
-)
+from chameleon_ray.policy.records import QueuedRequest
+from chameleon_ray.policy.sizing import Floats, QueueLoad, Scales, SizingOptions, weighted_size
 
 _ROW_CELLS = 4
 _SLO_DURATIONS = 5.0

@@ -25,17 +25,18 @@ The rules
    from all queues, one without KV memory by nobody. Boosts are bounded: rule 6 is left for want of adapter room.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from math import inf
 
-from chameleon_ray.policy.admission import AdapterRoom, Admission, Admitted, Obstacle, QueuesState, QueueState
+from chameleon_ray.policy.admission import Admission, Admitted, Obstacle, QueuesState, QueueState
 from chameleon_ray.policy.bypass import Bypasses
-from chameleon_ray.policy.disciplines import DISCIPLINES, UNLIMITED, Layout, QueueOptions
+from chameleon_ray.policy.disciplines import DISCIPLINES, Layout, QueueOptions
 from chameleon_ray.policy.load_window import LoadWindow
 from chameleon_ray.policy.ordering import boosted_s
 from chameleon_ray.policy.queue_set import QueueSet
-from chameleon_ray.policy.size_queue import Entry, Order, Place, SizeQueue
-from chameleon_ray.policy.sizing import QueuedRequest, adapter_tokens, queue_of, request_size
+from chameleon_ray.policy.records import Order, Place, QueuedRequest, SizeQueue
+from chameleon_ray.policy.room import Room
+from chameleon_ray.policy.sizing import adapter_tokens, queue_of, request_size
 
 _MAX_LOOKS = 24
 """Requests of one queue that a step may look at in vain; bounds its cost."""
@@ -57,7 +58,7 @@ class RequestQueues:
     None or the driver has no capacity left; what was not offered is offered by a later step.
     """
 
-    def __init__(self, scheduler: str, options: QueueOptions, room: AdapterRoom) -> None:
+    def __init__(self, scheduler: str, options: QueueOptions, room: Room) -> None:
         if scheduler not in DISCIPLINES:
             raise QueueError(f"unknown scheduling policy {scheduler!r}: choose one of {', '.join(DISCIPLINES)}")
         self._discipline = DISCIPLINES[scheduler]
@@ -73,31 +74,27 @@ class RequestQueues:
         self._refresh_at_arrival: float = 1
         # The step under way.
         self._now_s = 0.0
-        self._walk: Iterator[Entry] = iter(())
-        self._candidate: Entry | None = None
+        self._walk: Iterator[QueuedRequest] = iter(())
+        self._candidate: QueuedRequest | None = None
         self._outcome: Obstacle | None = None
-        self._head: Entry | None = None
+        self._head: QueuedRequest | None = None
         self._head_room_s = -inf
-        self._held: Entry | None = None
+        self._held: QueuedRequest | None = None
         self._unreached: list[SizeQueue] = []
 
     def __contains__(self, request_id: str) -> bool:
-        return request_id in self._set.entries
+        return request_id in self._set.requests
 
     def request(self, request_id: str) -> QueuedRequest:
-        """A request that waits or runs. Raises QueueError for one that is unknown."""
-        if (entry := self._set.entries.get(request_id)) is None:
+        """The one record of a request that waits or runs. Raises QueueError for one that is unknown."""
+        if (request := self._set.requests.get(request_id)) is None:
             raise QueueError(f"request {request_id} is neither queued nor running (removed twice?)")
-        return entry.request
-
-    def running(self) -> list[QueuedRequest]:
-        """Requests admitted and not ended, in order of admission."""
-        return [entry.request for entry in self._set.running.values()]
+        return request
 
     @property
     def num_waiting(self) -> int:
         """Requests that wait, those with loading adapters included."""
-        return len(self._set.entries) - len(self._set.running)
+        return len(self._set.requests) - len(self._set.running)
 
     @property
     def num_running(self) -> int:
@@ -121,16 +118,14 @@ class RequestQueues:
         return self.num_waiting <= _MAX_ASKED
 
     def add(self, request: QueuedRequest, now_s: float) -> None:
-        """A request arrives. Raises QueueError for an id that is in use."""
+        """A request arrives, with its adapter's record in it. Raises QueueError for an id that is in use."""
         if request.request_id in self:
             raise QueueError(f"request {request.request_id} is queued or running already: use another id")
-        entry = Entry(request, self._window.num_arrived, now_s, 0, self._set.queues[0], waiting_since_s=now_s)
-        if request.adapter is not None:
-            entry.own_adapter_tokens = adapter_tokens(request.adapter, self._options.sizing)
-        self._price(entry)
+        request.arrival, request.arrival_s, request.waiting_since_s = self._window.num_arrived, now_s, now_s
+        self._price(request)
         self._window.arrived(request, now_s)
-        self._classify(entry)
-        self._set.enter(entry)
+        self._classify(request)
+        self._set.enter(request)
 
     def adapter_moved(self, digest: str) -> None:
         """An adapter was fetched or loaded, or could not be: the next step asks about it before others."""
@@ -160,21 +155,21 @@ class RequestQueues:
         """The next candidate of this step, the same until it is admitted, passed over or gone; None: no more."""
         if self._candidate is None:
             self._candidate = next(self._walk, None)
-        return self._candidate.request if self._candidate else None
+        return self._candidate
 
     def admit(self, request_id: str) -> Admitted:
         """The candidate runs from now on and borrows its tokens. Raises QueueError for any other request."""
-        entry = self._decide(request_id, None)
-        waited_s = self._now_s - entry.waiting_since_s
-        self._set.run(entry, self._now_s)
+        request = self._decide(request_id, None)
+        waited_s = self._now_s - request.waiting_since_s
+        self._set.run(request, self._now_s)
         self._num_admissions += 1
-        self._bypasses.forget(entry)
+        self._bypasses.forget(request)
         if self._head is not None:
-            self._bypasses.start(entry, self._head)
+            self._bypasses.start(request, self._head)
         for queue in self._set.queues:
             for stuck in queue.stuck:
                 stuck.overtaken += 1
-        return Admitted(entry.queue.index, waited_s, self._head is not None)
+        return Admitted(request.queue.index, waited_s, self._head is not None)
 
     def pass_over(self, request_id: str, obstacle: Obstacle) -> None:
         """The candidate cannot run in this step; it keeps its place. Raises QueueError for any other request."""
@@ -184,30 +179,29 @@ class RequestQueues:
 
     def finish(self, request_id: str, now_s: float, num_output_tokens: int) -> None:
         """A running request ended by itself: its tokens return, its duration is learned. Raises QueueError."""
-        entry = self._running_entry(request_id)
-        self._window.ended(entry.request, now_s - entry.admitted_s, num_output_tokens)
+        request = self._running(request_id)
+        self._window.ended(request, now_s - request.admitted_s, num_output_tokens)
         self.remove(request_id)
 
     def remove(self, request_id: str) -> None:
         """A request is aborted or failed, wherever it is. Raises QueueError for one that is unknown."""
-        self.request(request_id)
-        entry = self._set.entries[request_id]
-        if entry is self._candidate:
+        request = self.request(request_id)
+        if request is self._candidate:
             self._candidate, self._outcome = None, Obstacle.NOT_READY
-        if entry is self._head:
+        if request is self._head:
             self._head = None
-        self._set.leave(entry)
-        self._bypasses.forget(entry)
+        self._set.leave(request)
+        self._bypasses.forget(request)
 
     def requeue(self, request_id: str, now_s: float, squashed: bool = False) -> None:
         """A running request was preempted or squashed: it returns its tokens and waits at its old place."""
-        entry = self._running_entry(request_id)
-        self._set.leave(entry)
-        self._bypasses.forget(entry)
+        request = self._running(request_id)
+        self._set.leave(request)
+        self._bypasses.forget(request)
         self._bypasses.num_squashes += squashed
-        entry.was_squashed |= squashed
-        entry.waiting_since_s = now_s
-        self._set.enter(entry)
+        request.was_squashed |= squashed
+        request.waiting_since_s = now_s
+        self._set.enter(request)
 
     def squashes(self) -> tuple[str, ...]:
         """Running requests to stop and ``requeue(..., squashed=True)`` before the next step (rule 5)."""
@@ -225,12 +219,6 @@ class RequestQueues:
         doubled = 2 * max(1, self._window.num_arrived)
         self._refresh_at_arrival = doubled if doubled <= self._window.capacity else inf
         return self._layout
-
-    def waiting(self, queue: int) -> list[QueuedRequest]:
-        """Requests that wait in one queue, in order, those with loading adapters included."""
-        members = [entry for entry in self._set.entries.values() if entry.queue.index == queue]
-        members = [entry for entry in members if entry.place is not Place.RUNNING]
-        return [entry.request for entry in sorted(members, key=lambda entry: entry.order)]
 
     def state(self) -> QueuesState:
         """The live queues and counts."""
@@ -257,115 +245,110 @@ class RequestQueues:
             num_holds=self._num_holds,
         )
 
-    def check(self) -> None:
-        """AssertionError unless every request is in exactly one place and every borrowed token is accounted for."""
+    def check(self, live_requests: Collection[str] | None = None) -> None:
+        """AssertionError unless every request is in exactly one place and every borrowed token is accounted for.
+
+        live_requests: ids of the driver's requests.
+        """
+        if live_requests is not None:
+            strangers = sorted(self._set.requests.keys() ^ set(live_requests))
+            assert not strangers, f"requests known only to the queues or only to their driver: {strangers}"
         self._set.check()
         self._bypasses.check()
-        for entry in self._set.entries.values():
-            assert entry.queue is self._set.queues[queue_of(entry.size, self._layout.cutoffs)], "in another's queue"
+        for request in self._set.requests.values():
+            assert request.queue is self._set.queues[queue_of(request.size, self._layout.cutoffs)], "in another's queue"
         assert self._candidate is None or self._candidate.place is Place.WAITING
 
-    def _price(self, entry: Entry) -> None:
+    def _price(self, request: QueuedRequest) -> None:
         """Note what the request would borrow if it ran now (rule 2)."""
-        request, adapter = entry.request, entry.request.adapter
-        shared = adapter is not None and adapter.digest in self._set.adapter_users
-        entry.adapter_tokens = 0 if shared else entry.own_adapter_tokens
-        entry.tokens = request.num_prompt_tokens + request.num_predicted_tokens + entry.adapter_tokens
+        entry, request.adapter_tokens = request.entry, 0
+        if entry is not None and not entry.running:
+            request.adapter_tokens = adapter_tokens(entry.adapter, self._options.sizing)
+        request.tokens = request.num_prompt_tokens + request.num_predicted_tokens + request.adapter_tokens
 
-    def _classify(self, entry: Entry) -> None:
-        entry.size = request_size(entry.request, self._scales, self._options.sizing)
-        entry.queue = self._set.queues[queue_of(entry.size, self._layout.cutoffs)]
-        priority = min(max(entry.request.priority, -_MAX_PRIORITY), _MAX_PRIORITY)
-        seniority_s = entry.arrival_s + priority * self._options.priority_s
-        entry.order = (entry.size if self._discipline.shortest_first else seniority_s, entry.arrival)
+    def _classify(self, request: QueuedRequest) -> None:
+        request.size = request_size(request, self._scales, self._options.sizing)
+        request.queue = self._set.queues[queue_of(request.size, self._layout.cutoffs)]
+        priority = min(max(request.priority, -_MAX_PRIORITY), _MAX_PRIORITY)
+        seniority_s = request.arrival_s + priority * self._options.priority_s
+        request.order = (request.size if self._discipline.shortest_first else seniority_s, request.arrival)
 
     def _end_step(self) -> None:
         """Requests that the driver's capacity did not reach are stuck: they must not be left out for ever (rule 6)."""
         undecided = None if self._discipline.boosted else self._candidate
-        for entry in (undecided, *(queue.first() for queue in self._unreached)):
-            if entry is not None and self._waits_for_others(entry):
-                entry.queue.note_stuck(entry)
+        for request in (undecided, *(queue.at(0) for queue in self._unreached)):
+            if request is not None and self._waits_for_others(request):
+                request.queue.note_stuck(request)
         self._candidate, self._walk, self._unreached = None, iter(()), []
 
-    def _waits_for_others(self, entry: Entry) -> bool:
+    def _waits_for_others(self, request: QueuedRequest) -> bool:
         """Whether it is not its own queue's quota, which returns by itself, that keeps a request waiting."""
-        queue = entry.queue
-        lent_to_its_like = queue.free_tokens < entry.tokens <= queue.quota_tokens
+        queue = request.queue
+        lent_to_its_like = queue.free_tokens < request.tokens <= queue.quota_tokens
         return not lent_to_its_like and self._set.has_seat(queue, spare=False)
 
-    def _decide(self, request_id: str, outcome: Obstacle | None) -> Entry:
-        entry = self._candidate
-        if entry is None or entry.request_id != request_id:
+    def _decide(self, request_id: str, outcome: Obstacle | None) -> QueuedRequest:
+        request = self._candidate
+        if request is None or request.request_id != request_id:
             raise QueueError(f"request {request_id} is not the candidate of this step: peek first")
         self._candidate, self._outcome = None, outcome
-        return entry
+        return request
 
-    def _running_entry(self, request_id: str) -> Entry:
-        if (entry := self._set.running.get(request_id)) is None:
+    def _running(self, request_id: str) -> QueuedRequest:
+        if (request := self._set.running.get(request_id)) is None:
             raise QueueError(f"request {request_id} is not running")
-        return entry
+        return request
 
-    def _offer_all(self) -> Iterator[Entry]:
+    def _offer_all(self) -> Iterator[QueuedRequest]:
+        """Rule 3."""
         for queue in self._set.queues:
             self._unreached.remove(queue)
             queue.stuck.clear()
             queue.resume = None
-            yield from self._offer_queue(queue, 0, spare=False)
+            yield from self._offer([queue.at(0)], spare=False)
         for queue in self._set.queues:
             if queue.resume is not None and queue.resume.place is Place.WAITING:
-                yield from self._offer_queue(queue, queue.index_of(queue.resume.order), spare=True)
+                yield from self._offer([queue.resume], spare=True)
 
-    def _offer_in_order(self) -> Iterator[Entry]:
+    def _offer_in_order(self) -> Iterator[QueuedRequest]:
         """Rule 8."""
-        self._head = None
-        queues = self._set.queues
-        for queue in queues:
+        for queue in self._set.queues:
             queue.stuck.clear()
+        yield from self._offer([queue.at(0) for queue in self._set.queues], spare=False)
+
+    def _offer(self, heads: Sequence[QueuedRequest | None], spare: bool) -> Iterator[QueuedRequest]:
+        """From ``heads`` on, those of different queues, the one with the earliest boosted arrival first."""
+        self._head = None
         looks = _MAX_LOOKS
-        following = [queue.first() for queue in queues]
-        while looks > 0 and any(following):
-            entry = min((one for one in following if one is not None), key=self._boosted)
-            queue, order = entry.queue, entry.order
-            if entry.place is Place.WAITING:
-                obstacle = self._obstacle(entry, UNLIMITED)
+        following = [head for head in heads if head is not None]
+        while looks > 0 and following:
+            request = min(following, key=self._boosted) if len(following) > 1 else following[0]
+            following.remove(request)
+            queue, order = request.queue, request.order
+            if request.place is Place.WAITING:
+                obstacle = self._obstacle(request, self._set.allowance(queue, spare))
                 if obstacle is None:
-                    yield entry
+                    yield request
                     obstacle = self._outcome
-                if obstacle is not None and not self._goes_on_behind(entry, queue, obstacle, spare=False):
+                if obstacle is not None and not self._goes_on_behind(request, queue, obstacle, spare):
                     break
                 looks -= obstacle in (Obstacle.LOADING, Obstacle.NO_ROOM, Obstacle.NO_BYPASS)
-            following[queue.index] = queue.after(order)
+            if (behind := queue.after(order)) is not None:
+                following.append(behind)
         self._head = None
 
-    def _boosted(self, entry: Entry) -> Order:
-        seniority_s, arrival = entry.order
-        return boosted_s(seniority_s, entry.queue.index, self._layout.max_age_s, self._now_s), arrival
+    def _boosted(self, request: QueuedRequest) -> Order:
+        seniority_s, arrival = request.order
+        return boosted_s(seniority_s, request.queue.index, self._layout.max_age_s, self._now_s), arrival
 
-    def _offer_nobody(self) -> Iterator[Entry]:
+    def _offer_nobody(self) -> Iterator[QueuedRequest]:
         self._unreached.clear()
         yield from ()
 
-    def _offer_queue(self, queue: SizeQueue, index: int, spare: bool) -> Iterator[Entry]:
-        self._head = None
-        looks = _MAX_LOOKS
-        allowance = self._set.allowance(queue, spare)
-        while looks > 0 and (entry := queue.at(index)) is not None:
-            obstacle = self._obstacle(entry, allowance)
-            if obstacle is None:
-                order = entry.order
-                yield entry
-                obstacle = self._outcome
-                allowance, index = self._set.allowance(queue, spare), queue.index_of(order)
-            if obstacle is not None and not self._goes_on_behind(entry, queue, obstacle, spare):
-                break
-            looks -= obstacle in (Obstacle.LOADING, Obstacle.NO_ROOM, Obstacle.NO_BYPASS)
-            index += queue.at(index) is entry
-        self._head = None
-
-    def _offer_only(self, held: Entry) -> Iterator[Entry]:
+    def _offer_only(self, held: QueuedRequest) -> Iterator[QueuedRequest]:
         """Rule 6: nobody but ``held`` may run. Let go of it when nothing more can become free for it."""
         self._head = None
-        admission = self._room.admission(held.request)
+        admission = self._room.admission(held)
         hopeless = admission is Admission.NO_ROOM and not self._set.running
         if admission in (Admission.READY, Admission.FITS):
             self._price(held)
@@ -377,58 +360,58 @@ class RequestQueues:
         if hopeless:
             held.overtaken = 0
 
-    def _obstacle(self, entry: Entry, allowance: int) -> Obstacle | None:
-        admission = self._room.admission(entry.request)
+    def _obstacle(self, request: QueuedRequest, allowance: int) -> Obstacle | None:
+        admission = self._room.admission(request)
         if admission is Admission.LOADING:
             return Obstacle.LOADING
-        entry.was_ready |= admission is Admission.READY
-        self._price(entry)
-        if entry.tokens > allowance:
+        request.was_ready |= admission is Admission.READY
+        self._price(request)
+        if request.tokens > allowance:
             return Obstacle.QUOTA
         if admission is Admission.NO_ROOM:
             return Obstacle.NO_ROOM
         if self._head is not None and not (
-            self._bypasses.ends_before(entry, self._now_s, self._head_room_s)
+            self._bypasses.ends_before(request, self._now_s, self._head_room_s)
             and self._bypasses.affordable(self._num_admissions)
         ):
             return Obstacle.NO_BYPASS
         return None
 
-    def _goes_on_behind(self, entry: Entry, queue: SizeQueue, obstacle: Obstacle, spare: bool) -> bool:
-        """Notes why ``entry`` does not run; whether this step may look at younger requests of its queue."""
+    def _goes_on_behind(self, request: QueuedRequest, queue: SizeQueue, obstacle: Obstacle, spare: bool) -> bool:
+        """Notes why ``request`` does not run; whether this step may look at younger requests of its queue."""
         if obstacle in (Obstacle.NOT_READY, Obstacle.NO_BYPASS):
             return True
-        if obstacle is Obstacle.LOADING and not entry.was_ready and entry.request.adapter is not None:
-            self._set.set_aside(entry)
+        if obstacle is Obstacle.LOADING and not request.was_ready and request.entry is not None:
+            self._set.set_aside(request, request.entry)
             return True
         if obstacle is Obstacle.QUOTA:
             if not spare and self._head is None:
-                queue.resume = entry
-            if self._waits_for_others(entry):
-                queue.note_stuck(entry)
+                queue.resume = request
+            if self._waits_for_others(request):
+                queue.note_stuck(request)
             return False
-        queue.note_stuck(entry)
-        if entry.overtaken >= self._options.max_overtakes:
+        queue.note_stuck(request)
+        if request.overtaken >= self._options.max_overtakes:
             return False
-        return obstacle is Obstacle.LOADING or (obstacle is Obstacle.NO_ROOM and self._may_bypass(entry))
+        return obstacle is Obstacle.LOADING or (obstacle is Obstacle.NO_ROOM and self._may_bypass(request))
 
-    def _may_bypass(self, head: Entry) -> bool:
+    def _may_bypass(self, head: QueuedRequest) -> bool:
         if self._head is None and self._discipline.bypass and self._bypasses.affordable(self._num_admissions):
             self._head = head
             self._head_room_s = self._bypasses.room_expected_s(head, self._now_s)
         return self._head is not None and self._head_room_s > self._now_s
 
-    def _most_overtaken(self) -> Entry | None:
+    def _most_overtaken(self) -> QueuedRequest | None:
         """The oldest request overtaken so often that the replica is kept free for it; not during its first load."""
         limit = 2 * self._options.max_overtakes
         stuck = [
-            entry
+            request
             for queue in self._set.queues
-            for entry in queue.stuck
-            if entry.overtaken >= limit and entry.place is Place.WAITING
+            for request in queue.stuck
+            if request.overtaken >= limit and request.place is Place.WAITING
         ]
         if not stuck:
             return None
-        oldest = min(stuck, key=lambda entry: entry.arrival)
-        loading = self._room.admission(oldest.request) is Admission.LOADING
+        oldest = min(stuck, key=lambda request: request.arrival)
+        loading = self._room.admission(oldest) is Admission.LOADING
         return None if loading and not oldest.was_ready else oldest

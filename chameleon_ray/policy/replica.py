@@ -9,22 +9,21 @@ A driver owns the blocks and the clock; this decides. The life of a step:
 3. ``end_step``: carry out the plan it returns (evict, drop, load, fetch; in that order) beside the running batch.
 
 Between steps: ``arrive``, ``finish``, ``remove``, ``requeue``; ``make_room`` wherever KV memory is
-short; ``fetched``, ``fetch_failed``, ``loaded``, ``load_failed`` as the ordered work ends. All times are seconds on one
+short; ``fetched``, ``loaded``, ``failed`` as the ordered work ends. All times are seconds on one
 clock of the driver. Misuse raises (``QueueError``, ``CacheError``, ``AdapterFailed``) and changes nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
-from chameleon_ray.policy.adapter import Adapter, Tier
-from chameleon_ray.policy.admission import Admission, Admitted, Obstacle, QueuesState
+from chameleon_ray.policy.adapter import Adapter
+from chameleon_ray.policy.admission import Admitted, Obstacle
 from chameleon_ray.policy.cache import AdapterCache
-from chameleon_ray.policy.cache_types import CacheConfig, CacheStats, Plan
+from chameleon_ray.policy.cache_types import CacheConfig, Plan
 from chameleon_ray.policy.disciplines import QueueOptions
-from chameleon_ray.policy.queues import QueueError, RequestQueues
-from chameleon_ray.policy.residency import State
-from chameleon_ray.policy.sizing import QueuedRequest
+from chameleon_ray.policy.queues import RequestQueues
+from chameleon_ray.policy.records import CacheEntry, Place, QueuedRequest, State
+from chameleon_ray.policy.room import BlockPool, Room
 
 IDLE_PLAN_INTERVAL_S = 0.05
 """How often to plan while nothing has happened: only loads ahead of time are at stake."""
@@ -38,16 +37,6 @@ class AdapterFailed(Exception):
     def __init__(self, reason: str, retry_at_s: float | None) -> None:
         super().__init__(reason)
         self.retry_at_s = retry_at_s
-
-
-class BlockPool(Protocol):
-    """What the policy asks of the driver's KV-block pool. Questions: they change nothing."""
-
-    def free_blocks(self) -> int:
-        """Blocks that nobody holds, be it KV cache or (where they share the pool) an adapter."""
-
-    def kv_blocks(self, request_id: str) -> int:
-        """Blocks that a running request's KV cache holds, and would give back by ending."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +59,6 @@ class ReplicaConfig:
             raise ValueError(f"block_tokens is {self.block_tokens}: give the tokens of one KV block")
 
 
-@dataclass(frozen=True, slots=True)
-class ReplicaSnapshot:
-    """What holds now, for metrics and for placement. failures: digest -> why its requests are refused."""
-
-    cache: CacheStats
-    queues: QueuesState
-    tiers: dict[str, Tier]
-    failures: dict[str, str]
-
-
 class ReplicaPolicy:
     """Which requests run and which adapters are resident. See the module's head for its use."""
 
@@ -87,11 +66,10 @@ class ReplicaPolicy:
         self.config = config
         self.cache = AdapterCache(config.cache)
         """For questions; change it through this object."""
-        self.queues = RequestQueues(config.scheduler, config.queues, self)
+        self.room = Room(self.cache, pool, config.block_tokens, config.shares_kv)
+        self.queues = RequestQueues(config.scheduler, config.queues, self.room)
         """For questions; change it through this object."""
-        self._pool = pool
         self._needed: dict[str, None] = {}
-        self._blocked: str | None = None
         self._changed = False
         self._planned_at_s = float("-inf")
         # Of the latest step: whether anybody was admitted, postponed or evicted, and whether all were offered in vain.
@@ -114,21 +92,21 @@ class ReplicaPolicy:
         self.queues.adapter_moved(digest)
         self._changed = True
 
-    def fetch_failed(self, digest: str, reason: str, now_s: float, *, is_permanent: bool = False) -> tuple[str, ...]:
-        """A fetch has failed. Returns the requests that wait for it: end them with an error and ``remove`` them."""
-        self.cache.fetch_failed(digest, reason, now_s, is_permanent=is_permanent)
-        return self._refused(digest)
-
     def loaded(self, digest: str) -> None:
         """A load has ended well: the adapter is resident."""
         self.cache.loaded(digest)
         self.queues.adapter_moved(digest)
         self._changed = True
 
-    def load_failed(self, digest: str, reason: str, now_s: float, *, is_permanent: bool = False) -> tuple[str, ...]:
-        """A load has failed: give back its blocks and its host copy. Returns requests to end, as ``fetch_failed``."""
-        self.cache.load_failed(digest, reason, now_s, is_permanent=is_permanent)
-        return self._refused(digest)
+    def failed(self, digest: str, reason: str, now_s: float, *, is_permanent: bool = False) -> tuple[str, ...]:
+        """A fetch or load has failed: give back its host copy and blocks.
+
+        Returns the requests that wait for it: end them with an error and ``remove`` them.
+        """
+        self.cache.failed(digest, reason, now_s, is_permanent=is_permanent)
+        self.queues.adapter_moved(digest)
+        self._changed = True
+        return tuple(self.cache.entry(digest).queued) if self.cache.knows(digest) else ()
 
     # Requests
 
@@ -137,33 +115,32 @@ class ReplicaPolicy:
 
         Raises AdapterFailed, UnknownAdapter, or QueueError for an id in use.
         """
-        if request.request_id in self.queues:
-            raise QueueError(f"request {request.request_id} is queued or running already: use another id")
-        digest = request.adapter.digest if request.adapter else None
-        if digest is not None and (failure := self.cache.failure(digest, now_s)) is not None:
-            raise AdapterFailed(failure.reason, failure.retry_at_s)
-        hit = digest is None or self.cache.enqueue(request.request_id, digest, now_s)
+        if request.adapter is not None:
+            request.entry = self.cache.entry(request.adapter.digest)
+            if (failure := self.cache.failure(request.adapter.digest, now_s)) is not None:
+                raise AdapterFailed(failure.reason, failure.retry_at_s)
         self.queues.add(request, now_s)
         self._changed = True
-        return hit
+        return request.entry is None or self.cache.count_request(request.entry, now_s)
 
     def finish(self, request_id: str, now_s: float, num_output_tokens: int) -> None:
         """A running request ended by itself. Raises QueueError."""
-        adapter = self._adapter_of(request_id)
+        request = self.queues.request(request_id)
         self.queues.finish(request_id, now_s, num_output_tokens)
-        self._let_go(request_id, adapter, now_s)
+        self._let_go(request.entry, now_s, has_run=True)
 
     def remove(self, request_id: str, now_s: float) -> None:
         """A request was aborted or failed, waiting or running. Raises QueueError."""
-        adapter = self._adapter_of(request_id)
+        request = self.queues.request(request_id)
+        has_run = request.place is Place.RUNNING
         self.queues.remove(request_id)
-        self._let_go(request_id, adapter, now_s)
+        self._let_go(request.entry, now_s, has_run)
 
     def requeue(self, request_id: str, now_s: float, *, squashed: bool = False) -> None:
         """A running request was preempted or squashed, its KV blocks are free: it waits at its old place."""
         self.queues.requeue(request_id, now_s, squashed)
-        if self._adapter_of(request_id) is not None:
-            self.cache.requeue(request_id, now_s)
+        if (entry := self.queues.request(request_id).entry) is not None:
+            self.cache.use(entry, now_s)
         self._changed = True
 
     # A step
@@ -181,12 +158,12 @@ class ReplicaPolicy:
     def peek(self) -> QueuedRequest | None:
         """The next request that may run as far as adapter, quota and order go; the same until it is decided upon."""
         while (request := self.queues.peek()) is not None:
-            if request.adapter is None:
+            if request.entry is None:
                 return request
             # Resident ones as well: else the adapter of a request that waits for KV memory would leave for one that
             # is needed after it, and come back, and so on.
-            self._needed[request.adapter.digest] = None
-            if self.cache.state(request.adapter.digest) is State.RESIDENT:
+            self._needed[request.entry.digest] = None
+            if request.entry.state is State.RESIDENT:
                 return request
             self.queues.pass_over(request.request_id, Obstacle.LOADING)
         self._in_vain = not self._has_moved
@@ -195,8 +172,8 @@ class ReplicaPolicy:
     def admit(self, request_id: str, now_s: float) -> Admitted:
         """The candidate runs; the driver gives it KV blocks. Raises QueueError for any other request."""
         admitted = self.queues.admit(request_id)
-        if self._adapter_of(request_id) is not None:
-            self.cache.acquire(request_id, now_s)
+        if (entry := self.queues.request(request_id).entry) is not None:
+            self.cache.use(entry, now_s)
         self._changed = self._has_moved = True
         return admitted
 
@@ -212,14 +189,15 @@ class ReplicaPolicy:
         """
         if not (self._changed or self._needed or now_s >= self._planned_at_s + IDLE_PLAN_INTERVAL_S):
             return _NOTHING
-        if not self._needed and self._blocked is None and self.cache.settled:
+        if not self._needed and self.room.blocked is None and self.cache.settled:
             self._changed, self._planned_at_s = False, now_s
             return _NOTHING
-        if self._blocked is not None and self.cache.knows(self._blocked):
-            self._needed[self._blocked] = None
-        plan = self.cache.plan(self._needed, self.free_adapter_blocks(reserved_blocks), now_s)
+        blocked = self.cache.entries.get(self.room.blocked) if self.room.blocked is not None else None
+        if blocked is not None and blocked.wanted:
+            self._needed[blocked.digest] = None
+        plan = self.cache.plan(self._needed, self.room.free_adapter_blocks(reserved_blocks), now_s)
         self._commit(plan, now_s)
-        self._blocked, self._changed, self._planned_at_s = plan.blocked, False, now_s
+        self.room.blocked, self._changed, self._planned_at_s = plan.blocked, False, now_s
         return plan
 
     def quiet_until_s(self) -> float:
@@ -231,7 +209,8 @@ class ReplicaPolicy:
         many wait, a step may find what the one before had no time for.
         """
         in_vain = self._in_vain and self.num_running and self.num_waiting and self.queues.each_step_sees_all
-        quiet = not self._changed and self._blocked is None and self.cache.settled and (self.queues.settled or in_vain)
+        rests = self.room.blocked is None and self.cache.settled and (self.queues.settled or in_vain)
+        quiet = rests and not self._changed
         return self.queues.refresh_at_s if quiet else float("-inf")
 
     def make_room(self, num_blocks: int, now_s: float, *, for_request: str = "", or_nothing: bool = False) -> Plan:
@@ -242,9 +221,9 @@ class ReplicaPolicy:
         """
         if not self.config.shares_kv:
             return _NOTHING
-        adapter = self._adapter_of(for_request) if for_request in self.queues else None
-        keep = () if adapter is None else (adapter.digest,)
-        if or_nothing and self.idle_blocks < num_blocks:
+        entry = self.queues.request(for_request).entry if for_request in self.queues else None
+        keep = () if entry is None else (entry.digest,)
+        if or_nothing and self.cache.idle_blocks < num_blocks:
             return _NOTHING
         plan = self.cache.reclaim(num_blocks, now_s, keep)
         if or_nothing and plan.freed_blocks < num_blocks:
@@ -259,57 +238,7 @@ class ReplicaPolicy:
         self._changed = True
         return plan
 
-    # What the queues ask (``AdapterRoom``)
-
-    def admission(self, request: QueuedRequest) -> Admission:
-        """Whether the request's adapter lets it run now."""
-        if request.adapter is None:
-            return Admission.READY
-        entry = self.cache.entry(request.adapter.digest)
-        if entry.state is State.RESIDENT:
-            return Admission.READY
-        if entry.state in (State.FETCHING, State.LOADING):
-            return Admission.LOADING
-        if entry.digest == self._blocked:
-            return Admission.NO_ROOM
-        share = self.config.cache.max_blocks - self.pinned_blocks
-        if entry.num_blocks <= min(self.free_adapter_blocks() + self.idle_blocks, share):
-            return Admission.FITS
-        # Without a host copy there is nothing that room could be used for yet; the cache fetches for whoever waits.
-        return Admission.NO_ROOM if entry.state is State.HOST else Admission.LOADING
-
-    def ends_needed(self, request: QueuedRequest, leaving: Sequence[str]) -> int | None:
-        """See ``AdapterRoom``: room for the request's adapter and prompt, idle adapters evicted."""
-        own = self.cache.entry(request.adapter.digest) if request.adapter is not None else None
-        prompt_blocks = -(-request.num_prompt_tokens // self.config.block_tokens)
-        shares_kv = self.config.shares_kv
-        free = self._pool.free_blocks() + (self.idle_blocks if shares_kv else 0)
-        share = self.config.cache.max_blocks - self.pinned_blocks
-        users: dict[str, int] = {}
-        for count in range(len(leaving) + 1):
-            if count:
-                request_id = leaving[count - 1]
-                free += self._pool.kv_blocks(request_id)
-                if (adapter := self._adapter_of(request_id)) is not None:
-                    entry = self.cache.entry(adapter.digest)
-                    users[entry.digest] = users.get(entry.digest, len(entry.running)) - 1
-                    if not users[entry.digest]:
-                        free += entry.num_blocks if shares_kv else 0
-                        share += entry.num_blocks
-            adapter_blocks = 0
-            if own is not None and own.state is not State.LOADING and not users.get(own.digest, len(own.running)):
-                adapter_blocks = own.num_blocks
-            if adapter_blocks <= share and prompt_blocks + (adapter_blocks if shares_kv else 0) <= free:
-                return count
-        return None
-
     # State
-
-    def free_adapter_blocks(self, reserved_blocks: int = 0) -> int:
-        """Blocks that nobody holds and that an adapter may be loaded into, ``reserved_blocks`` of the KV cache left."""
-        if self.config.shares_kv:
-            return max(0, self._pool.free_blocks() - reserved_blocks)
-        return self.config.cache.max_blocks - self.cache.blocks_held
 
     @property
     def num_running(self) -> int:
@@ -321,47 +250,28 @@ class ReplicaPolicy:
         """Requests that wait, for whatever reason."""
         return self.queues.num_waiting
 
-    @property
-    def pinned_blocks(self) -> int:
-        """Blocks of adapters that running requests use or that are being loaded: they cannot be given back."""
-        return self.cache.blocks_held - self.cache.idle_blocks
+    def check(
+        self, owned_blocks: Mapping[str, int] | None = None, live_requests: Collection[str] | None = None
+    ) -> None:
+        """Raise AssertionError, with the numbers, unless the records of requests and adapters add up.
 
-    @property
-    def idle_blocks(self) -> int:
-        """Blocks of adapters that no running request uses: they can be given to others at once."""
-        return self.cache.idle_blocks
-
-    def snapshot(self, now_s: float) -> ReplicaSnapshot:
-        """Everything that metrics and placement show."""
-        tiers = self.cache.tiers()
-        failures = {digest: failure.reason for digest in tiers if (failure := self.cache.failure(digest, now_s))}
-        return ReplicaSnapshot(self.cache.stats(), self.queues.state(), tiers, failures)
-
-    def check(self) -> None:
-        """Raise AssertionError unless cache and queues agree on every request."""
-        self.queues.check()
-        running = {one.request_id for one in self.queues.running() if one.adapter is not None}
-        entries = [self.cache.entry(digest) for digest in self.cache.tiers()]
-        assert {one for entry in entries for one in entry.running} == running, "a request runs on one side only"
-        queued = {one for entry in entries for one in entry.queued}
-        self.cache.check(live_requests=running | queued)
-        assert all(one in self.queues for one in queued), "a request has left the queues"
-
-    def _adapter_of(self, request_id: str) -> Adapter | None:
-        return self.queues.request(request_id).adapter
+        owned_blocks: what the driver's pool says each adapter holds. live_requests: ids of the driver's requests.
+        """
+        self.cache.check(owned_blocks)
+        self.queues.check(live_requests)
+        for entry in self.cache.entries.values():
+            for one in (*entry.queued.values(), *entry.running.values()):
+                assert self.queues.request(one.request_id) is one, f"{one.request_id} has left, not its adapter"
 
     def _commit(self, plan: Plan, now_s: float) -> None:
         self.cache.commit(plan, now_s)
         if plan:
             self._has_moved, self._in_vain = True, False
 
-    def _let_go(self, request_id: str, adapter: Adapter | None, now_s: float) -> None:
-        if adapter is not None:
-            self.cache.release(request_id, now_s)
+    def _let_go(self, entry: CacheEntry | None, now_s: float, has_run: bool) -> None:
+        if entry is not None and has_run:
+            self.cache.use(entry, now_s)
+        elif entry is not None:
+            self.cache.update(entry)
         # A replica on which nobody waits has nothing to decide when a request ends.
-        self._changed |= self._blocked is not None or not (self.cache.settled and self.queues.settled)
-
-    def _refused(self, digest: str) -> tuple[str, ...]:
-        self.queues.adapter_moved(digest)
-        self._changed = True
-        return tuple(self.cache.entry(digest).queued) if self.cache.knows(digest) else ()
+        self._changed |= self.room.blocked is not None or not (self.cache.settled and self.queues.settled)

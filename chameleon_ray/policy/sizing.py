@@ -15,28 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chameleon_ray.policy.adapter import Adapter
+from chameleon_ray.policy.records import QueuedRequest
 
 Floats = NDArray[np.float64]
 _Number = TypeVar("_Number", float, Floats)
 
 _MAX_BREAKS = 128
 """Places between two sizes that clustering considers: exact up to so many distinct sizes, else at quantiles."""
-
-
-@dataclass(frozen=True, slots=True)
-class QueuedRequest:
-    """What queues know of a request.
-
-    num_predicted_tokens: predicted output length (see ``lengths.py``).
-    adapter: None for the base model.
-    priority: the client's, as in vLLM: a lower value goes earlier.
-    """
-
-    request_id: str
-    num_prompt_tokens: int
-    num_predicted_tokens: int
-    adapter: Adapter | None = None
-    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +69,6 @@ class Scales:
 def adapter_tokens(adapter: Adapter, options: SizingOptions) -> int:
     """An adapter's bytes as KV tokens."""
     return 0 if options.kv_token_bytes is None else ceil(adapter.size_bytes / options.kv_token_bytes)
-
-
-def request_tokens(request: QueuedRequest, options: SizingOptions) -> int:
-    """Tokens that a request borrows from a quota: prompt + predicted output + its adapter's bytes as KV tokens."""
-    own = request.num_prompt_tokens + request.num_predicted_tokens
-    return own + (adapter_tokens(request.adapter, options) if request.adapter else 0)
 
 
 def request_size(request: QueuedRequest, scales: Scales, options: SizingOptions) -> float:
@@ -223,11 +202,6 @@ class Quotas:
     tokens: tuple[int, ...]
     minima: tuple[float, ...]
     scale: float = 1.0
-
-    @property
-    def feasible(self) -> bool:
-        """Whether the total covers what every queue needs to hold the SLO."""
-        return self.scale >= 1.0
 
 
 def token_quotas(total_tokens: int, loads: Sequence[QueueLoad], slo_s: float) -> Quotas:

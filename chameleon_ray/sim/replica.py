@@ -20,8 +20,8 @@ from chameleon_ray.policy.adapter import Adapter, Tier
 from chameleon_ray.policy.admission import Obstacle
 from chameleon_ray.policy.cache_types import Plan
 from chameleon_ray.policy.lengths import LengthFeatures, LengthPredictor
+from chameleon_ray.policy.records import QueuedRequest
 from chameleon_ray.policy.replica import ReplicaConfig, ReplicaPolicy
-from chameleon_ray.policy.sizing import QueuedRequest
 from chameleon_ray.routing.replica_load import RecentRequests, ReplicaLoad
 from chameleon_ray.sim.costs import CostModel
 from chameleon_ray.sim.link import Link
@@ -179,11 +179,11 @@ class SimReplica:
             service_s=self._recent.service_s,
             ttft_s=self._recent.ttft_s,
             eviction_cost_s=policy.cache.eviction_cost_s(
-                policy.free_adapter_blocks(),
+                policy.room.free_adapter_blocks(),
                 now_s,
                 lambda size_bytes: links.overhead_s + size_bytes / links.host_bytes_s,
             ),
-            kv_used_share=(self._kv_blocks + (policy.pinned_blocks if self._shares_kv else 0)) / self._pool_blocks,
+            kv_used_share=(self._kv_blocks + (policy.room.pinned_blocks if self._shares_kv else 0)) / self._pool_blocks,
         )
 
     # What happens from outside

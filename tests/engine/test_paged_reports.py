@@ -144,7 +144,7 @@ def test_load_says_how_full_the_kv_pool_is_without_idle_adapters(engine: PagedEn
     assert kv_used_share() == pytest.approx(in_use / engine.num_blocks, rel=0.01)
     engine.settle()
     assert engine.free_blocks() < engine.num_blocks
-    assert kv_used_share() == pytest.approx(0.0, abs=0.001)
+    assert kv_used_share() == pytest.approx(0.0, abs=1e-9)
 
 
 def test_activity_splits_the_pool_and_names_what_left(engine: PagedEngine, demo: DemoPaths) -> None:
@@ -170,7 +170,7 @@ def test_activity_splits_the_pool_and_names_what_left(engine: PagedEngine, demo:
     assert running.kv_free_share == pytest.approx(1 - in_use, rel=0.01)
     engine.settle()
     idle = activity()
-    assert idle.kv_requests_share == pytest.approx(0.0, abs=0.001) and idle.kv_adapters_share > 0
+    assert idle.kv_requests_share == pytest.approx(0.0, abs=1e-9) and idle.kv_adapters_share > 0
     engine.memory.evict_idle()
     assert activity().kv_adapters_share == 0
     now_s = 53.0

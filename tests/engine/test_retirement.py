@@ -24,7 +24,7 @@ from chameleon_ray.adapters.modules import ModuleTable
 from chameleon_ray.adapters.record import AdapterRecord
 from chameleon_ray.config import AdaptersConfig, ModelConfig
 from chameleon_ray.policy.adapter import Tier
-from chameleon_ray.policy.residency import State
+from chameleon_ray.policy.records import State
 from deployments.tiers import CatalogDigests, let_go, merge_tiers
 
 WriteAdapter = Callable[..., Path]
@@ -69,6 +69,29 @@ def test_an_idle_adapter_leaves_blocks_host_memory_and_all_books(driver: MemoryD
     assert driver.pool.get_num_free_blocks() == free and not driver.host.resident and not driver.host._copies
     assert memory.retire([digest, kept, "f" * 64]) == []
     assert len(memory._numbers) == 0 and not memory.cache.tiers()
+
+
+def test_asking_for_work_costs_the_same_however_many_adapters_are_known(driver: MemoryDriver, folder: Path) -> None:
+    def num_calls() -> int:
+        calls: list[object] = []
+        sys.setprofile(lambda frame, event, what: calls.append(what) if event.endswith("call") else None)
+        busy = driver.memory.is_busy
+        sys.setprofile(None)
+        assert not busy
+        return len(calls)
+
+    loras = [_lora(digit, folder) for digit in range(1, 10)]
+    driver.serve(loras[0])
+    driver.settle()
+    before = num_calls()
+    for lora in loras:
+        driver.serve(lora)
+    driver.settle()
+    waiting = [driver.add(lora) for lora in loras]
+    driver.memory.retire(list(driver.memory._known))
+    assert num_calls() == before, "adapters that are retired, but wanted, are not looked at one by one either"
+    for request_id in waiting:
+        driver.end(request_id)
 
 
 def test_requests_end_on_the_adapter_that_they_began_with(driver: MemoryDriver, folder: Path) -> None:

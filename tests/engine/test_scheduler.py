@@ -44,10 +44,10 @@ def test_predictions_are_learned_from_what_was_served(engine: PagedEngine, demo:
     folder = tmp_path / "no other test has used it"
     folder.symlink_to(demo.adapters / demo.adapter_names()[2])
     adapter = engine.adapter(folder)
-    served = engine.memory.accuracy.num_requests
+    served = engine.memory.accuracy.snapshot().num_requests
     for _ in range(6):
         engine.finish([engine.add(PROMPT, adapter, max_tokens=5)])
-    assert engine.memory.accuracy.num_requests == min(1000, served + 6)
+    assert engine.memory.accuracy.snapshot().num_requests == min(1000, served + 6)
     request = engine.add(PROMPT, adapter, max_tokens=400)
     engine.run(lambda: bool(engine.memory.running))
     [running] = engine.memory.running

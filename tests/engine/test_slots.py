@@ -15,7 +15,7 @@ from chameleon_ray.demo import DemoPaths
 from chameleon_ray.engine.paged.options import PagedSettings
 from chameleon_ray.engine.server import EngineServer
 from chameleon_ray.policy.adapter import Adapter, Tier
-from chameleon_ray.policy.residency import State
+from chameleon_ray.policy.records import State
 from chameleon_ray.sim.workload import SimRequest
 
 PROMPTS = ("Hello, my name is", "What is the capital of France?", "Once upon a time there was")

@@ -3,7 +3,7 @@
 from chameleon_ray.policy.adapter import Adapter
 from chameleon_ray.policy.cache import AdapterCache
 from chameleon_ray.policy.cache_types import CacheConfig, Plan
-from chameleon_ray.policy.residency import State
+from chameleon_ray.policy.records import QueuedRequest, State
 
 BYTES_PER_BLOCK = 1000
 
@@ -22,6 +22,8 @@ class Driver:
         self.owned: dict[str, int] = {}
         self.host: set[str] = set()
         self.reading: set[str] = set()
+        self.requests: dict[str, QueuedRequest] = {}
+        self.num_arrivals = 0
 
     @property
     def free_blocks(self) -> int:
@@ -78,12 +80,44 @@ class Driver:
             assert self.step(digest, now_s).load == (digest,)
             self.finish()
 
+    # Requests, which in a replica the queues move
+
+    def enqueue(self, request_id: str, digest: str, now_s: float) -> bool:
+        """A request arrives; whether it hit."""
+        entry = self.cache.entry(digest)
+        request = QueuedRequest(request_id, 1, 1, entry.adapter, entry=entry, arrival=self.num_arrivals)
+        self.num_arrivals += 1
+        self.requests[request_id] = entry.queued[request_id] = request
+        return self.cache.count_request(entry, now_s)
+
+    def acquire(self, request_id: str, now_s: float) -> None:
+        """A queued request starts to run on its adapter, which is resident."""
+        entry = self.requests[request_id].entry
+        entry.running[request_id] = entry.queued.pop(request_id)
+        self.cache.use(entry, now_s)
+
+    def requeue(self, request_id: str, now_s: float) -> None:
+        """A running request waits again, as old as it is."""
+        entry = self.requests[request_id].entry
+        entry.queued[request_id] = entry.running.pop(request_id)
+        entry.queued = dict(sorted(entry.queued.items(), key=lambda item: item[1].arrival))
+        self.cache.use(entry, now_s)
+
+    def release(self, request_id: str, now_s: float) -> None:
+        """A request has ended, queued or running."""
+        entry = self.requests.pop(request_id).entry
+        if entry.queued.pop(request_id, None) is not None:
+            self.cache.update(entry)
+        else:
+            del entry.running[request_id]
+            self.cache.use(entry, now_s)
+
     def use(self, digest: str, now_s: float) -> None:
         """A whole life of a request on a resident adapter."""
         request_id = f"use-{digest}-{now_s}"
-        self.cache.enqueue(request_id, digest, now_s)
-        self.cache.acquire(request_id, now_s)
-        self.cache.release(request_id, now_s)
+        self.enqueue(request_id, digest, now_s)
+        self.acquire(request_id, now_s)
+        self.release(request_id, now_s)
 
 
 def victims(plan: Plan) -> list[str]:

@@ -4,7 +4,8 @@ from chameleon_ray.policy.adapter import Adapter
 from chameleon_ray.policy.admission import Admission, Obstacle
 from chameleon_ray.policy.disciplines import QueueOptions
 from chameleon_ray.policy.queues import RequestQueues
-from chameleon_ray.policy.sizing import QueuedRequest, SizingOptions
+from chameleon_ray.policy.records import CacheEntry, Place, QueuedRequest
+from chameleon_ray.policy.sizing import SizingOptions
 
 SIZING = SizingOptions(kv_token_bytes=1, max_input_tokens=100, max_output_tokens=100, max_adapter_bytes=1)
 """A base request of t/2 + t/2 tokens has size t/200: static queues end at 50, 100 and 150 tokens."""
@@ -18,6 +19,24 @@ def request(request_id, tokens, adapter=None, priority=0):
     return QueuedRequest(request_id, prompt, tokens - prompt, adapter, priority)
 
 
+class Queues(RequestQueues):
+    """The queues of a replica, with records of adapters: in a replica the cache has those."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.entries = {}
+
+    def add(self, request, now_s):
+        if request.adapter is not None:
+            request.entry = self.entries.setdefault(request.adapter.digest, CacheEntry(request.adapter, 1))
+        super().add(request, now_s)
+
+    def waiting(self, queue):
+        """Requests that wait in one queue, in order, those with loading adapters included."""
+        waiting = [one for one in self._set.requests.values() if one.place is not Place.RUNNING]
+        return sorted((one for one in waiting if one.queue.index == queue), key=lambda one: one.order)
+
+
 class Room:
     """Answers as told: ``admissions`` by digest (READY otherwise); ``needed_ends``: who must end before any fits."""
 
@@ -29,12 +48,14 @@ class Room:
         return self.admissions.get(asked.adapter.digest, Admission.READY) if asked.adapter else Admission.READY
 
     def ends_needed(self, asked, leaving):
-        return next((n for n in range(len(leaving) + 1) if self.needed_ends <= set(leaving[:n])), None)
+        return next(
+            (n for n in range(len(leaving) + 1) if self.needed_ends <= {one.request_id for one in leaving[:n]}), None
+        )
 
 
 def queues(scheduler="static", room=None, total_tokens=1200, **options):
     options.setdefault("sizing", SIZING)
-    return RequestQueues(scheduler, QueueOptions(total_tokens, **options), room or Room())
+    return Queues(scheduler, QueueOptions(total_tokens, **options), room or Room())
 
 
 def step(under_test, now_s=0.0, max_admitted=None, obstacles=None):

@@ -9,18 +9,15 @@ import pytest
 from cache_driver import BYTES_PER_BLOCK, Driver, victims
 
 from chameleon_ray.policy.adapter import Adapter, Tier
-from chameleon_ray.policy.cache import AdapterCache
 from chameleon_ray.policy.cache_types import (
     AdapterTooLarge,
-    CacheConfig,
     CacheCorrupt,
     EvictReason,
     IllegalChange,
     StalePlan,
     UnknownAdapter,
-    UnknownRequest,
 )
-from chameleon_ray.policy.residency import State
+from chameleon_ray.policy.records import State
 
 
 def test_life_of_an_adapter_from_source_to_gpu_and_back() -> None:
@@ -29,7 +26,7 @@ def test_life_of_an_adapter_from_source_to_gpu_and_back() -> None:
     cache.add(Adapter("a", rank=8, size_bytes=4000), 4, on_disk=False)
     driver.num_blocks["a"] = 4
     assert cache.tiers() == {"a": Tier.ABSENT}
-    assert not cache.enqueue("r1", "a", 0.0)
+    assert not driver.enqueue("r1", "a", 0.0)
     assert driver.step("a", 0.0).fetch == ("a",)
     assert (cache.state("a"), cache.tiers()["a"]) == (State.FETCHING, Tier.ABSENT)
     assert not driver.step("a", 0.1)
@@ -37,15 +34,13 @@ def test_life_of_an_adapter_from_source_to_gpu_and_back() -> None:
     assert (cache.state("a"), cache.tiers()["a"]) == (State.HOST, Tier.HOST)
     assert driver.step("a", 0.2).load == ("a",)
     assert (cache.state("a"), cache.tiers()["a"], driver.free_blocks) == (State.LOADING, Tier.HOST, 6)
-    with pytest.raises(IllegalChange, match="loading"):
-        cache.acquire("r1", 0.2)
     driver.finish()
-    cache.acquire("r1", 0.3)
+    driver.acquire("r1", 0.3)
     assert (cache.state("a"), cache.tiers()["a"]) == (State.RESIDENT, Tier.GPU)
-    assert cache.enqueue("r2", "a", 0.4)
+    assert driver.enqueue("r2", "a", 0.4)
     assert not cache.reclaim(4, 0.4)
-    cache.release("r1", 0.5)
-    cache.release("r2", 0.5)
+    driver.release("r1", 0.5)
+    driver.release("r2", 0.5)
     driver.carry_out(cache.reclaim(1, 0.6), 0.6)
     assert (cache.state("a"), cache.tiers()["a"], driver.free_blocks) == (State.HOST, Tier.HOST, 10)
     stats = cache.stats()
@@ -71,13 +66,13 @@ def test_referenced_and_loading_adapters_never_leave() -> None:
     driver.add(a=2, b=2, c=2, x=4)
     driver.host_copies("x c", 0.0)
     driver.make_resident("a b", 0.0)
-    driver.cache.enqueue("r", "a", 1.0)
-    driver.cache.acquire("r", 1.0)
+    driver.enqueue("r", "a", 1.0)
+    driver.acquire("r", 1.0)
     assert driver.step("c", 1.0).load == ("c",)
     plan = driver.cache.plan(["x"], driver.free_blocks, 1.0)
     assert (plan.blocked, plan.evict, plan.load) == ("x", (), ())
     assert victims(driver.cache.reclaim(6, 1.0)) == ["b"]
-    driver.cache.release("r", 2.0)
+    driver.release("r", 2.0)
     assert victims(driver.cache.plan(["x"], driver.free_blocks, 2.0)) == ["b", "a"]
 
 
@@ -88,10 +83,10 @@ def test_adapters_of_queued_requests_leave_last() -> None:
     driver.make_resident("a b c", 0.0)
     for digest in "bbbccc":
         driver.use(digest, 1.0)
-    driver.cache.enqueue("waiting", "a", 1.0)  # a has the lowest score of all
+    driver.enqueue("waiting", "a", 1.0)  # a has the lowest score of all
     assert victims(driver.cache.reclaim(6, 2.0)) == ["b", "c", "a"]
     assert victims(driver.cache.reclaim(2, 2.0, keep=["b"])) == ["c"]
-    driver.cache.release("waiting", 2.0)
+    driver.release("waiting", 2.0)
     assert victims(driver.cache.reclaim(6, 2.0))[0] == "a"
 
 
@@ -113,9 +108,9 @@ def test_nothing_overtakes_a_needed_adapter_that_does_not_fit_but_others_overtak
     driver.add(a=4, x=4, y=1)
     driver.host_copies("x y", 0.0)
     driver.make_resident("a", 0.0)
-    driver.cache.enqueue("r", "a", 1.0)
-    driver.cache.acquire("r", 1.0)
-    driver.cache.enqueue("later", "y", 1.0)
+    driver.enqueue("r", "a", 1.0)
+    driver.acquire("r", 1.0)
+    driver.enqueue("later", "y", 1.0)
     plan = driver.cache.plan(["x", "y"], driver.free_blocks, 1.0)
     assert (plan.load, plan.blocked) == ((), "x")
     driver.add(z=4)
@@ -163,10 +158,10 @@ def test_prefetch_takes_free_blocks_only_oldest_request_first() -> None:
     driver.host_copies("n p q r", 0.0)
     driver.make_resident("idle", 0.0)
     for number, digest in enumerate(["q", "p", "q", "r"]):
-        driver.cache.enqueue(f"r{number}", digest, 1.0 + number)
+        driver.enqueue(f"r{number}", digest, 1.0 + number)
     plan = driver.cache.plan(["n"], driver.free_blocks, 5.0)
     assert (plan.load, plan.num_prefetch, plan.evict) == (("n", "q", "p"), 2, ())
-    driver.cache.release("r0", 5.0)  # q's oldest request is now younger than p's
+    driver.release("r0", 5.0)  # q's oldest request is now younger than p's
     assert driver.cache.plan(["n"], driver.free_blocks, 5.0).load == ("n", "p", "q")
     assert driver.cache.plan(["n"], 1, 5.0).load == ("n",)
     driver.step("n", 5.0)
@@ -179,7 +174,7 @@ def test_prefetch_can_be_off_and_is_bounded_in_flight() -> None:
         driver.add(p=1, q=1, r=1)
         driver.host_copies("p q r", 0.0)
         for digest in "pqr":
-            driver.cache.enqueue(digest, digest, 1.0)
+            driver.enqueue(digest, digest, 1.0)
         assert len(driver.step("", 1.0).load) == expected
         assert len(driver.step("", 1.0).load) == 0
 
@@ -188,7 +183,7 @@ def test_prefetch_pauses_after_the_kv_cache_took_blocks_back() -> None:
     driver = Driver(4, prefetch_pause_s=2.0)
     driver.add(a=2)
     driver.make_resident("a", 0.0)
-    driver.cache.enqueue("r", "a", 1.0)
+    driver.enqueue("r", "a", 1.0)
     driver.carry_out(driver.cache.reclaim(1, 1.0), 1.0)
     assert driver.cache.plan([], 4, 2.9).load == ()
     assert driver.cache.plan(["a"], 4, 2.9).load == ("a",)
@@ -199,7 +194,7 @@ def test_fetches_are_bounded_and_the_needed_come_first() -> None:
     driver = Driver(10, max_fetches=2)
     driver.add(a=1, b=1, c=1, d=1)
     for digest in "abc":
-        driver.cache.enqueue(digest, digest, 0.0)
+        driver.enqueue(digest, digest, 0.0)
     assert driver.step("d", 0.0).fetch == ("d", "a")
     assert driver.step("d", 0.0).fetch == ()
     driver.finish()
@@ -215,10 +210,10 @@ def test_host_copies_leave_by_score_and_awaited_ones_for_needed_adapters_only() 
     assert driver.cache.stats().host_bytes_held == 4000
     plan = driver.cache.plan(["x"], 0, 4.0)
     assert (plan.drop, plan.fetch) == (("b", "a"), ("x",))
-    driver.cache.enqueue("1", "b", 4.0)
+    driver.enqueue("1", "b", 4.0)
     assert driver.cache.plan(["x"], 0, 4.0).drop == ("c",)  # exactly enough: a may stay
-    driver.cache.enqueue("2", "c", 4.0)
-    driver.cache.enqueue("3", "y", 4.0)
+    driver.enqueue("2", "c", 4.0)
+    driver.enqueue("3", "y", 4.0)
     assert (driver.cache.plan([], 0, 4.0).drop, driver.cache.plan([], 0, 4.0).fetch) == ((), ())
     plan = driver.step("y", 4.0)
     assert (plan.drop, plan.fetch) == (("a", "b"), ("y",))
@@ -231,7 +226,7 @@ def test_resident_adapter_survives_the_loss_of_its_host_copy() -> None:
     driver.make_resident("a", 0.0)
     assert driver.step("b", 1.0).drop == ("a",)
     assert driver.cache.tiers() == {"a": Tier.GPU, "b": Tier.DISK}
-    driver.cache.set_on_disk("a", False)
+    driver.cache.add(driver.cache.entry("a").adapter, 2, on_disk=False)
     driver.carry_out(driver.cache.reclaim(1, 2.0), 2.0)
     assert (driver.cache.state("a"), driver.cache.tiers()["a"]) == (State.ABSENT, Tier.ABSENT)
 
@@ -240,9 +235,9 @@ def test_a_failed_adapter_is_left_alone_until_its_retry_time_and_harms_no_other(
     driver = Driver(8, retry_after_s=5.0)
     driver.add(a=2, b=2)
     cache = driver.cache
-    cache.enqueue("r", "a", 0.0)
+    driver.enqueue("r", "a", 0.0)
     driver.step("a b", 0.0)
-    cache.fetch_failed("a", "truncated file", 1.0)
+    cache.failed("a", "truncated file", 1.0)
     driver.reading.discard("a")
     driver.finish()
     assert cache.stats().host_bytes_held == 2000
@@ -251,12 +246,12 @@ def test_a_failed_adapter_is_left_alone_until_its_retry_time_and_harms_no_other(
     assert cache.tiers()["a"] is Tier.ABSENT
     plan = driver.step("a b", 5.9)
     assert (plan.fetch, plan.load, plan.blocked) == ((), ("b",), None)
-    cache.release("r", 5.9)
+    driver.release("r", 5.9)
     assert cache.failure("a", 6.0) is None
     assert driver.step("a", 6.0).fetch == ("a",)
     driver.finish()
     assert driver.step("a", 6.0).load == ("a",)
-    cache.load_failed("a", "wrong shapes", 7.0)
+    cache.failed("a", "wrong shapes", 7.0)
     del driver.owned["a"]
     cache.check(driver.owned)
     assert (cache.state("a"), cache.stats().host_bytes_held, cache.stats().blocks_held) == (State.FAILED, 2000, 2)
@@ -268,20 +263,20 @@ def test_a_retired_adapter_serves_its_requests_to_the_end_and_is_forgotten() -> 
     driver.add(old=2, new=2)
     driver.make_resident("old new", 0.0)
     cache = driver.cache
-    cache.enqueue("running", "old", 1.0)
-    cache.acquire("running", 1.0)
-    cache.enqueue("queued", "old", 1.0)
+    driver.enqueue("running", "old", 1.0)
+    driver.acquire("running", 1.0)
+    driver.enqueue("queued", "old", 1.0)
     cache.retire("old")
-    cache.release("running", 2.0)
+    driver.release("running", 2.0)
     assert not driver.step("", 2.0)
-    cache.acquire("queued", 2.0)
-    cache.release("queued", 3.0)
+    driver.acquire("queued", 2.0)
+    driver.release("queued", 3.0)
     plan = driver.step("", 3.0)
     assert [(e.digest, e.reason) for e in plan.evict] == [("old", EvictReason.RETIRED)]
     assert plan.drop == ("old",)
     assert not cache.knows("old")
     with pytest.raises(UnknownAdapter, match="add it first"):
-        cache.enqueue("r", "old", 4.0)
+        cache.entry("old")
     cache.retire("new")
     driver.add(new=2)  # came back in time
     assert not driver.step("", 5.0)
@@ -307,14 +302,14 @@ def test_a_preempted_request_keeps_its_age() -> None:
     driver.add(a=2, b=2)
     driver.make_resident("a b", 0.0)
     cache = driver.cache
-    cache.enqueue("oldest", "a", 1.0)
-    cache.acquire("oldest", 1.0)
-    cache.enqueue("younger", "b", 2.0)
-    cache.enqueue("youngest", "a", 2.0)
-    cache.requeue("oldest", 3.0)
+    driver.enqueue("oldest", "a", 1.0)
+    driver.acquire("oldest", 1.0)
+    driver.enqueue("younger", "b", 2.0)
+    driver.enqueue("youngest", "a", 2.0)
+    driver.requeue("oldest", 3.0)
     driver.carry_out(cache.reclaim(4, 3.0), 3.0)
     assert cache.plan([], 4, 10.0).load == ("a", "b")
-    cache.release("oldest", 4.0)
+    driver.release("oldest", 4.0)
     assert cache.plan([], 4, 10.0).load == ("b", "a")
     assert (cache.stats().hits, cache.stats().requests_waiting) == (3, 2)
 
@@ -324,23 +319,16 @@ def test_illegal_calls_raise_and_change_nothing() -> None:
     driver.add(a=2, b=2)
     driver.make_resident("a", 0.0)
     cache = driver.cache
-    cache.enqueue("r1", "a", 1.0)
-    cache.enqueue("r2", "b", 1.0)
-    cache.acquire("r1", 1.0)
-    cache.enqueue("gone", "a", 1.0)
-    cache.release("gone", 1.0)
+    driver.enqueue("r1", "a", 1.0)
+    driver.enqueue("r2", "b", 1.0)
+    driver.acquire("r1", 1.0)
     before = pickle.dumps(cache)
     for error, match, call in [
-        (UnknownRequest, "released twice", lambda: cache.release("gone", 2.0)),
-        (UnknownRequest, "nobody", lambda: cache.acquire("nobody", 2.0)),
-        (IllegalChange, "runs already", lambda: cache.acquire("r1", 2.0)),
-        (IllegalChange, "absent", lambda: cache.acquire("r2", 2.0)),
-        (IllegalChange, "not running", lambda: cache.requeue("r2", 2.0)),
-        (IllegalChange, "release it first", lambda: cache.enqueue("r1", "b", 2.0)),
+        (IllegalChange, "1 running requests", lambda: cache.evict(cache.entry("a"))),
+        (IllegalChange, "no host copy", lambda: cache.drop_host(cache.entry("b"))),
         (IllegalChange, "not fetching", lambda: cache.fetched("a")),
-        (IllegalChange, "not fetching", lambda: cache.fetch_failed("b", "?", 2.0)),
+        (IllegalChange, "not fetching or loading", lambda: cache.failed("b", "?", 2.0)),
         (IllegalChange, "not loading", lambda: cache.loaded("a")),
-        (IllegalChange, "not loading", lambda: cache.load_failed("b", "?", 2.0)),
         (IllegalChange, "is known as", lambda: cache.add(Adapter("a", 2, 2000), 3)),
         (AdapterTooLarge, "7 blocks .* may hold 6", lambda: cache.add(Adapter("c", 2, 2000), 7)),
         (AdapterTooLarge, "7000 bytes .* may hold 6000", lambda: cache.add(Adapter("c", 2, 7000), 2)),
@@ -357,7 +345,7 @@ def test_a_stale_plan_raises_and_changes_nothing() -> None:
     driver.add(a=2, b=2)
     driver.make_resident("a", 0.0)
     plan = driver.cache.plan(["b"], driver.free_blocks, 1.0)
-    driver.cache.enqueue("r", "a", 1.0)
+    driver.enqueue("r", "a", 1.0)
     before = pickle.dumps(driver.cache)
     with pytest.raises(StalePlan, match="plan again"):
         driver.cache.commit(plan, 1.0)
@@ -372,14 +360,12 @@ def test_check_reports_a_driver_that_disagrees() -> None:
     driver = Driver(8)
     driver.add(a=2)
     driver.make_resident("a", 0.0)
-    driver.cache.enqueue("r", "a", 1.0)
-    driver.cache.check({"a": 2}, ["r"])
+    driver.enqueue("r", "a", 1.0)
+    driver.cache.check({"a": 2})
     with pytest.raises(CacheCorrupt, match="in the pool"):
         driver.cache.check({"a": 1})
     with pytest.raises(CacheCorrupt, match="in the pool"):
         driver.cache.check({})
-    with pytest.raises(CacheCorrupt, match="'r'"):
-        driver.cache.check({"a": 2}, [])
 
 
 def test_eviction_cost_is_the_load_time_times_the_chance_of_another_use() -> None:
@@ -397,11 +383,11 @@ def test_eviction_cost_is_the_load_time_times_the_chance_of_another_use() -> Non
         driver.use("a", now_s)
         driver.use("b", now_s + 0.5)
     assert cost_s(0) == pytest.approx(2.0 * (1 - 2.718281828**-2))
-    cache.enqueue("waiting", "a", 3.0)
-    cache.enqueue("running", "b", 3.0)
-    cache.acquire("running", 3.0)
+    driver.enqueue("waiting", "a", 3.0)
+    driver.enqueue("running", "b", 3.0)
+    driver.acquire("running", 3.0)
     assert cost_s(0) == 2.0
-    cache.acquire("waiting", 3.0)
+    driver.acquire("waiting", 3.0)
     assert cost_s(0) == 2.0  # no room at all: one load's wait
     assert cost_s(2) == 0.0
 
@@ -416,17 +402,17 @@ def test_ten_thousand_aborts_leave_nothing_behind() -> None:
         now_s = number / 100
         live.append(f"r{number}")
         digest = rng.choice(names)
-        driver.cache.enqueue(live[-1], digest, now_s)
+        driver.enqueue(live[-1], digest, now_s)
         driver.step(digest, now_s)
         if rng.random() < 0.7:
             driver.finish()
         if driver.cache.state(digest) is State.RESIDENT and rng.random() < 0.8:
-            driver.cache.acquire(live[-1], now_s)
+            driver.acquire(live[-1], now_s)
         while len(live) > rng.randrange(4):
-            driver.cache.release(live.pop(rng.randrange(len(live))), now_s)
-            driver.cache.check(driver.owned, live)
+            driver.release(live.pop(rng.randrange(len(live))), now_s)
+            driver.cache.check(driver.owned)
     for request_id in live:
-        driver.cache.release(request_id, 101.0)
+        driver.release(request_id, 101.0)
     driver.finish()
     stats = driver.cache.stats()
     assert (stats.requests_running, stats.requests_queued) == (0, 0)
@@ -448,14 +434,14 @@ def serve(policy: str) -> tuple[float, int]:
         if step < 2000 and step % 2 == 0:
             digest = rng.choices(names, [1 / (1 + rank) for rank in range(24)])[0]
             waiting.append((f"r{step}", digest))
-            driver.cache.enqueue(f"r{step}", digest, now_s)
+            driver.enqueue(f"r{step}", digest, now_s)
         for request_id, end in [ended for ended in running if ended[1] <= step]:
             running.remove((request_id, end))
-            driver.cache.release(request_id, now_s)
+            driver.release(request_id, now_s)
         driver.step(" ".join(digest for _, digest in waiting[:3]), now_s)
         while waiting and len(running) < 4 and driver.cache.state(waiting[0][1]) is State.RESIDENT:
             request_id, _ = waiting.pop(0)
-            driver.cache.acquire(request_id, now_s)
+            driver.acquire(request_id, now_s)
             running.append((request_id, step + rng.randrange(1, 10)))
         driver.finish()
         if step >= 2000 and not waiting and not running:
@@ -473,7 +459,8 @@ def test_every_policy_serves_every_request_and_caching_pays() -> None:
 
 def test_a_plan_costs_little_with_200_residents_and_1000_queued_requests() -> None:
     rng = Random(1)
-    cache = AdapterCache(CacheConfig(max_blocks=1000, adapter_host_bytes=10**9))
+    driver = Driver(1000)
+    cache = driver.cache
     digests = [f"{number:064x}" for number in range(400)]
     for digest in digests:
         cache.add(Adapter(digest, 8, 5000), 5)
@@ -483,7 +470,7 @@ def test_a_plan_costs_little_with_200_residents_and_1000_queued_requests() -> No
         cache.commit(cache.plan([digest], 5, 0.0), 0.0)
         cache.loaded(digest)
     for number in range(1000):
-        cache.enqueue(f"r{number}", rng.choice(digests), number / 1000)
+        driver.enqueue(f"r{number}", rng.choice(digests), number / 1000)
     idle_s, evicting_s = [], []
     for _ in range(300):
         for needed, durations in ((digests[:32], idle_s), (digests[200:232], evicting_s)):

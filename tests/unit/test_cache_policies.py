@@ -2,12 +2,13 @@
 
 from random import Random
 
-import numpy as np
 import pytest
 from cache_driver import Driver, victims
 
+from chameleon_ray.policy.adapter import Adapter
 from chameleon_ray.policy.cache_types import CacheConfig, EvictReason
 from chameleon_ray.policy.eviction import POLICIES, UseHistory, Weights
+from chameleon_ray.policy.records import CacheEntry
 
 
 def loaded(policy: str, **config: object) -> Driver:
@@ -46,10 +47,10 @@ def test_an_adapter_is_in_use_until_its_request_ends() -> None:
     driver = Driver(4, adapter_policy="lru")
     driver.add(long=2, short=2)
     driver.make_resident("long short", 0.0)
-    driver.cache.enqueue("r", "long", 1.0)
-    driver.cache.acquire("r", 1.0)
+    driver.enqueue("r", "long", 1.0)
+    driver.acquire("r", 1.0)
     driver.use("short", 2.0)
-    driver.cache.release("r", 3.0)
+    driver.release("r", 3.0)
     assert victims(driver.cache.reclaim(4, 4.0)) == ["short", "long"]
 
 
@@ -69,11 +70,11 @@ def test_equal_scores_go_by_digest() -> None:
 
 def test_single_candidate_scores_zero_on_every_term() -> None:
     history = UseHistory(300.0)
-    row = history.add("a", 1000, 1)
-    history.used(row, 5.0)
+    entry = CacheEntry(Adapter("a", 8, 1000), 1)
+    history.used(entry, 5.0)
     for policy in ("chameleon", "fairshare"):
         scorer = POLICIES[policy].scorer(Weights())
-        assert scorer(history, np.array([row]), 5.0).tolist() == [0.0]
+        assert scorer(history, [entry], 5.0).tolist() == [0.0]
 
 
 def test_gdsf_clock_lets_old_popularity_fade() -> None:
@@ -117,12 +118,12 @@ def test_discard_evicts_what_no_request_wants() -> None:
     driver.host_copies("a b c d", 0.0)
     driver.step("a b c d", 0.0)
     driver.finish()
-    driver.cache.enqueue("running", "a", 1.0)
-    driver.cache.acquire("running", 1.0)
-    driver.cache.enqueue("queued", "b", 1.0)
+    driver.enqueue("running", "a", 1.0)
+    driver.acquire("running", 1.0)
+    driver.enqueue("queued", "b", 1.0)
     plan = driver.step("c", 1.0)
     assert [(e.digest, e.reason) for e in plan.evict] == [("d", EvictReason.DISCARD)]
-    driver.cache.release("running", 2.0)
+    driver.release("running", 2.0)
     assert sorted(victims(driver.step("", 2.0))) == ["a", "c"]
     assert driver.cache.stats().evictions[EvictReason.DISCARD] == 3
 
@@ -150,27 +151,15 @@ def test_bad_configuration_names_the_key(bad: dict[str, float]) -> None:
 def test_frequency_is_that_of_the_timestamps_within_the_window() -> None:
     rng = Random(3)
     history = UseHistory(30.0)
-    rows = [history.add(f"d{n:03}", 1, 1) for n in range(150)]  # more than the first capacity
-    uses: list[tuple[float, int]] = []
+    entries = [CacheEntry(Adapter(f"d{n:03}", 1, 1), 1) for n in range(150)]
+    uses: list[tuple[float, CacheEntry]] = []
     now_s = 1000.0
     for _ in range(3000):
         now_s += rng.choice([0.0, 0.01, 0.1, 0.4, 40.0 if rng.random() < 0.01 else 0.2])
-        uses.append((now_s, rng.choice(rows)))
+        uses.append((now_s, rng.choice(entries)))
         history.used(uses[-1][1], now_s)
         if rng.random() < 0.05:
             asked_s = now_s + rng.choice([0.0, 0.5, 7.0, 29.0, 31.0, 500.0])
-            counted = history.frequency(np.array(rows), asked_s)
-            expected = [sum(t // 1.0 > asked_s // 1.0 - 30 for t, used in uses if used == row) for row in rows]
-            assert counted.tolist() == expected
-
-
-def test_rows_are_reused_without_their_past() -> None:
-    history = UseHistory(30.0)
-    row = history.add("a", 1000, 3)
-    history.used(row, 1.0)
-    history.evicted(row)
-    history.remove(row)
-    again = history.add("b", 5, 1)
-    assert again == row
-    assert history.frequency(np.array([again]), 1.0).tolist() == [0.0]
-    assert history.last_used_s[again] == 0.0
+            counted = [history.frequency(entry, asked_s) for entry in entries]
+            expected = [sum(t // 1.0 > asked_s // 1.0 - 30 for t, used in uses if used is entry) for entry in entries]
+            assert counted == expected

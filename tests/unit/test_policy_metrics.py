@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
+from cache_driver import Driver
 from queue_room import queues, request, step
 from ray.serve.metrics import Counter, Gauge, Histogram
 
@@ -14,8 +15,7 @@ from chameleon_ray.engine.report import WAITING_FOR, MemoryLimits, PolicyEvents,
 from chameleon_ray.metrics import Metric
 from chameleon_ray.policy.adapter import Adapter, Tier
 from chameleon_ray.policy.admission import QueuesState, QueueState
-from chameleon_ray.policy.cache import AdapterCache
-from chameleon_ray.policy.cache_types import CacheConfig, EvictReason
+from chameleon_ray.policy.cache_types import EvictReason
 from chameleon_ray.policy.disciplines import UNLIMITED
 from chameleon_ray.policy.lengths import PredictionAccuracy
 from deployments.policy_metrics import PolicyMetrics
@@ -92,7 +92,8 @@ class Engine:
     def __init__(self, scheduler: str = "static") -> None:
         self.tiers: dict[str, Tier] = {}
         self.predicted: dict[str, int] = {}
-        self.cache = AdapterCache(CacheConfig(max_blocks=4, adapter_host_bytes=4000))
+        self.driver = Driver(4, adapter_host_bytes=4000)
+        self.cache = self.driver.cache
         self.queues = queues(scheduler, max_num_seqs=8)
         self.accuracy = PredictionAccuracy()
         self.events = PolicyEvents()
@@ -124,7 +125,7 @@ class Engine:
     def use(self, number: int, now_s: float) -> None:
         """One request for an adapter, from its arrival to its end, with whatever has to be loaded and evicted."""
         digest, request_id = ADAPTERS[number].digest, f"{number}-{now_s}"
-        self.cache.enqueue(request_id, digest, now_s)
+        self.driver.enqueue(request_id, digest, now_s)
         while self.cache.state(digest) != "resident":
             held = self.cache.stats().blocks_held
             plan = self.cache.plan([digest], 8 - held, now_s)
@@ -133,8 +134,8 @@ class Engine:
                 self.cache.fetched(name)
             for name in plan.load:
                 self.cache.loaded(name)
-        self.cache.acquire(request_id, now_s)
-        self.cache.release(request_id, now_s)
+        self.driver.acquire(request_id, now_s)
+        self.driver.release(request_id, now_s)
 
 
 def test_cache_counts_and_gauges(series: Series) -> None:
@@ -176,19 +177,19 @@ def test_loads_under_way_and_failures_by_stage(series: Series) -> None:
     engine, published = Engine(), PolicyMetrics()
     first, second = ADAPTERS[0].digest, ADAPTERS[1].digest
     for digest in (first, second):
-        engine.cache.enqueue(f"for {digest}", digest, 0.0)
+        engine.driver.enqueue(f"for {digest}", digest, 0.0)
     plan = engine.cache.plan([first, second], 8, 0.0)
     engine.cache.commit(plan, 0.0)
     published.publish(engine, engine.tiers)
     assert series("chameleon_adapter_loads_in_flight", stage="fetch") == 2
     engine.cache.fetched(first)
     engine.cache.commit(engine.cache.plan([first], 8, 0.0), 0.0)
-    engine.cache.fetch_failed(second, "gone", 0.0)
+    engine.cache.failed(second, "gone", 0.0)
     engine.num_inspection_failures = 2
     published.publish(engine, engine.tiers)
     assert series("chameleon_adapter_loads_in_flight", stage="fetch") == 0
     assert series("chameleon_adapter_loads_in_flight", stage="load") == 1
-    engine.cache.load_failed(first, "no", 0.0)
+    engine.cache.failed(first, "no", 0.0)
     published.publish(engine, engine.tiers)
     stages = ("inspection", "fetch", "load")
     assert [series("chameleon_adapter_load_failures", stage=stage) for stage in stages] == [2, 1, 1]

@@ -6,12 +6,12 @@ import pytest
 
 from chameleon_ray.policy.adapter import Adapter, Tier
 from chameleon_ray.policy.admission import Obstacle
-from chameleon_ray.policy.cache_types import CacheConfig, UnknownAdapter
+from chameleon_ray.policy.cache_types import CacheConfig, IllegalChange, UnknownAdapter
 from chameleon_ray.policy.disciplines import QueueOptions
 from chameleon_ray.policy.queues import QueueError
+from chameleon_ray.policy.records import QueuedRequest, State
 from chameleon_ray.policy.replica import AdapterFailed, ReplicaConfig, ReplicaPolicy
-from chameleon_ray.policy.residency import State
-from chameleon_ray.policy.sizing import QueuedRequest, SizingOptions
+from chameleon_ray.policy.sizing import SizingOptions
 
 BLOCK_TOKENS = 10
 
@@ -179,7 +179,7 @@ def test_adapters_in_slots_and_the_kv_cache_never_make_room_for_each_other():
     for name in ("a", "b"):
         engine.arrive(name, name, prompt=20, output=10)
     assert engine.settle() == ["a", "b"]
-    assert engine.free_blocks() == 4 and engine.policy.free_adapter_blocks() == 0
+    assert engine.free_blocks() == 4 and engine.policy.room.free_adapter_blocks() == 0
     engine.arrive("c", "c")
     assert engine.settle(1.0) == [], "free KV blocks are no slot"
     engine.finish("a", 2.0)
@@ -211,10 +211,14 @@ def test_a_running_request_is_to_end_for_a_slot_only_where_no_other_is_free():
     engine.add(a=1, b=1)
     engine.arrive("r1", "a", prompt=10, output=10)
     engine.settle()
-    waiting = QueuedRequest("r2", 10, 10, engine.adapters["b"][0])
-    assert engine.policy.ends_needed(waiting, ["r1"]) == 1
-    assert engine.policy.ends_needed(QueuedRequest("r3", 80, 10, engine.adapters["a"][0]), ["r1"]) == 0
-    assert engine.policy.ends_needed(QueuedRequest("r3", 90, 10, engine.adapters["a"][0]), ["r1"]) == 1
+    running = [engine.requests["r1"]]
+
+    def ends_needed(prompt, digest):
+        waiting = QueuedRequest("r2", prompt, 10, entry=engine.policy.cache.entry(digest))
+        return engine.policy.room.ends_needed(waiting, running)
+
+    assert ends_needed(10, "b") == 1
+    assert (ends_needed(80, "a"), ends_needed(90, "a")) == (0, 1)
 
 
 def test_steps_are_quiet_while_all_that_wait_were_offered_in_vain():
@@ -281,16 +285,16 @@ def test_failures_name_the_requests_to_end_and_refuse_others_until_the_retry():
     engine.arrive("r1", "a")
     engine.arrive("base")
     engine.step()
-    assert engine.policy.fetch_failed("a", "no such file", 1.0) == ("r1",)
+    assert engine.policy.failed("a", "no such file", 1.0) == ("r1",)
     engine.reading.clear()
     engine.abort("r1", 1.0)
     with pytest.raises(AdapterFailed, match="no such file") as failed:
         engine.arrive("r2", "a", now_s=2.0)
     assert failed.value.retry_at_s == 6.0
-    assert engine.policy.snapshot(2.0).failures == {"a": "no such file"}
+    assert engine.policy.cache.failure("a", 2.0).reason == "no such file"
     engine.arrive("r3", "a", now_s=6.0)
     assert engine.settle(6.0) == ["r3"]
-    assert engine.policy.snapshot(6.0).failures == {}
+    assert engine.policy.cache.failure("a", 6.0) is None
 
 
 def test_a_failed_load_gives_its_blocks_back():
@@ -301,12 +305,39 @@ def test_a_failed_load_gives_its_blocks_back():
     engine.complete()
     engine.step()
     assert engine.free_blocks() == 18
-    assert engine.policy.load_failed("a", "bad weights", 1.0) == ("r1",)
+    assert engine.policy.failed("a", "bad weights", 1.0) == ("r1",)
     engine.reading.clear()
     del engine.held["a"]
     engine.abort("r1")
     engine.policy.check()
     assert engine.policy.cache.tiers() == {"a": Tier.ABSENT}
+
+
+def test_no_request_runs_on_an_adapter_that_has_left():
+    engine = Engine(20)
+    engine.add(a=2)
+    engine.arrive("r1", "a")
+    engine.step()
+    engine.complete()
+    engine.step()
+    engine.complete()
+    engine.policy.begin_step(1.0)
+    assert engine.policy.peek().request_id == "r1"
+    engine.carry_out(engine.policy.evict_idle(1.0))
+    with pytest.raises(IllegalChange, match="which is host"):
+        engine.policy.admit("r1", 1.0)
+
+
+def test_nothing_is_loaded_for_a_request_that_was_aborted_while_its_adapter_had_no_room():
+    engine = Engine(10)
+    engine.add(a=6, b=6)
+    engine.arrive("r1", "a")
+    engine.arrive("r2", "b")
+    assert engine.settle() == ["r1"]
+    engine.abort("r2")
+    engine.finish("r1")
+    engine.settle(1.0)
+    assert set(engine.held) == {"a"}, "b would have had to evict it"
 
 
 def test_misuse_raises_and_changes_nothing():

@@ -181,7 +181,7 @@ class Replica:
 
     def ends_needed(self, one, leaving):
         for count in range(len(leaving) + 1):
-            used, adapters = self.used(without=set(leaving[:count]))
+            used, adapters = self.used(without={ended.request_id for ended in leaving[:count]})
             if used + self.needed(one, adapters) <= self.memory_tokens:
                 return count
         return None

@@ -37,9 +37,8 @@ from chameleon_ray.policy.admission import Obstacle
 from chameleon_ray.policy.cache import AdapterCache
 from chameleon_ray.policy.cache_types import AdapterTooLarge, CacheCorrupt, Plan
 from chameleon_ray.policy.lengths import PREDICTED_TOKENS, HistoryPredictor, LengthFeatures, PredictionAccuracy
+from chameleon_ray.policy.records import QueuedRequest, State
 from chameleon_ray.policy.replica import AdapterFailed, ReplicaPolicy
-from chameleon_ray.policy.residency import State
-from chameleon_ray.policy.sizing import QueuedRequest
 
 logger = init_logger(__name__)
 
@@ -311,8 +310,7 @@ class AdapterMemory:
     @property
     def is_busy(self) -> bool:
         """Whether workers still have something to do or to report."""
-        stats = self.cache.stats()
-        return bool(stats.loads_in_flight or stats.fetches_in_flight or self._orders or self.cache.has_leavers)
+        return bool(self._orders) or self.cache.is_busy
 
     @property
     def has_work(self) -> bool:
@@ -359,15 +357,13 @@ class AdapterMemory:
         if not self._loaded_bytes:
             return 0.0
         s_per_byte = self._load_s / self._loaded_bytes
-        free_blocks = self.policy.free_adapter_blocks()
+        free_blocks = self.policy.room.free_adapter_blocks()
         return self.cache.eviction_cost_s(free_blocks, self._clock(), lambda size_bytes: size_bytes * s_per_byte)
 
     def check(self) -> None:
         """Raise CacheCorrupt or AssertionError unless the policy's, the storage's and this object's numbers agree."""
-        self.policy.check()
-        known = [live.request.request_id for live in self._live.values() if live.known and live.num_predicted_tokens]
         owned = {known.digest: len(known.blocks) for known in self._known.values() if known.blocks}
-        self.cache.check(owned_blocks=owned, live_requests=known)
+        self.policy.check(owned, [request_id for request_id, live in self._live.items() if live.num_predicted_tokens])
         self.storage.check([number for known in self._known.values() for number in known.blocks])
         if self.policy.num_running != len(self.running):
             raise CacheCorrupt(f"{self.policy.num_running} requests run by the policy, {len(self.running)} here")
@@ -552,8 +548,7 @@ class AdapterMemory:
             return
         reason, now_s = self._refused(known, error.reason), self._clock()
         retry_at_s = None if error.is_permanent else now_s + self._settings.retry_after_s
-        failed = self.policy.fetch_failed if what == "fetch" else self.policy.load_failed
-        request_ids = failed(known.digest, reason, now_s, is_permanent=error.is_permanent)
+        request_ids = self.policy.failed(known.digest, reason, now_s, is_permanent=error.is_permanent)
         self._failed |= dict.fromkeys(request_ids, _refusal(reason, retry_at_s, now_s))
         if what == "load":
             self._give_back(known)

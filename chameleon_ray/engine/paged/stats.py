@@ -18,7 +18,7 @@ class AdapterStats(KVConnectorStats):
     """``data``: ``cache`` (``policy.cache_types.CacheStats``: totals and gauges), ``tiers`` (digest -> tier number of
     those that changed since the last report, 0 of those forgotten), ``seconds``
     (``fetch`` and ``load`` durations since then), ``eviction_cost_s`` (what one more adapter would cost later ones),
-    ``idle_blocks`` (``ReplicaPolicy.idle_blocks``), ``queues`` (``policy.admission.QueuesState``), ``waited`` ((queue,
+    ``idle_blocks`` (``AdapterCache.idle_blocks``), ``queues`` (``policy.admission.QueuesState``), ``waited`` ((queue,
     queueing delay in s) of requests admitted since the last report), ``evicted`` ((name, reason) of adapters that left
     KV memory since then), ``predictions`` (``policy.lengths.AccuracySnapshot``), ``waiting``
     (``AdapterMemory.waiting``), ``oldest_waiting_s``, ``limits`` (``engine.report.MemoryLimits``),
@@ -67,7 +67,7 @@ class StatsReporter:
         cache["evictions"] = {str(reason): count for reason, count in cache["evictions"].items()}
         report: dict[str, Any] = {"cache": cache}
         report["eviction_cost_s"] = self._memory.eviction_cost_s()
-        report["idle_blocks"] = self._memory.policy.idle_blocks
+        report["idle_blocks"] = self._memory.cache.idle_blocks
         tiers = {digest: int(tier) for digest, tier in self._memory.cache.tiers().items()}
         report["tiers"] = {digest: tier for digest, tier in tiers.items() if self._tiers.get(digest) != tier}
         report["tiers"] |= dict.fromkeys(self._tiers.keys() - tiers.keys(), int(Tier.ABSENT))

@@ -54,10 +54,8 @@ class PagedStorage:
         return settings.replica_config(self.layout.num_blocks, self._block_bytes, limits)
 
     def limits(self, config: ReplicaConfig, num_ranks: int) -> MemoryLimits:
-        cache = config.cache
-        return MemoryLimits(
-            self._block_bytes * num_ranks, cache.max_blocks, self.layout.num_blocks, cache.adapter_host_bytes
-        )
+        cache, num_blocks = config.cache, self.layout.num_blocks - 1  # vLLM's null block is nobody's.
+        return MemoryLimits(self._block_bytes * num_ranks, cache.max_blocks, num_blocks, cache.adapter_host_bytes)
 
     def summarise(self, folder: Path, max_rank: int) -> AdapterSummary:
         return summarise(folder, self.layout, max_rank)

@@ -33,7 +33,7 @@ class SlotsScheduler(ChameleonScheduler):
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         """As vLLM's. reset_running_requests, as before sleep and pause: adapters leave their slots as well, as these
         may lose their memory. Raises RuntimeError while an adapter is being loaded."""
-        if reset_running_requests and self._memory.cache.stats().loads_in_flight:
+        if reset_running_requests and self._memory.cache.loading:
             raise RuntimeError("an adapter is being loaded into its slot: try again when that has ended")
         return super().reset_prefix_cache(reset_running_requests, reset_connector)
 
