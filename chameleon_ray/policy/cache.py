@@ -175,8 +175,8 @@ class AdapterCache(Residency):
         mean_blocks = ceil(sum(entry.num_blocks for entry in entries) / len(entries))
         fits, victims = self._planner.victims(mean_blocks, free_blocks, now_s)
         cost_s = 0.0
-        for entry in victims:
-            chance = 1.0 if entry.queued else 1.0 - exp(-self._history.frequency(entry, now_s))
+        for entry, uses in zip(victims, self._history.frequencies(victims, now_s), strict=True):
+            chance = 1.0 if entry.queued else 1.0 - exp(-uses)
             cost_s += load_s(entry.adapter.size_bytes) * chance
         if not fits:
             cost_s += load_s(sum(entry.adapter.size_bytes for entry in entries) // len(entries))

@@ -15,10 +15,9 @@ Policies by name (``POLICIES``):
   memory is short before that).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
 
 import numpy as np
 import numpy.typing as npt
@@ -84,11 +83,13 @@ class UseHistory:
         self._clock = max(self._clock, greedy_dual(entry))
         entry.uses_since_load = 0
 
-    def frequency(self, entry: CacheEntry, now_s: float) -> int:
-        """Uses within the window that ends at ``now_s``."""
+    def frequencies(self, entries: Sequence[CacheEntry], now_s: float) -> list[int]:
+        """Uses of each adapter within the window that ends at ``now_s``."""
         first = self._latest_bucket(now_s) - _NUM_BUCKETS + 1
-        expired = takewhile(lambda count: count[0] < first, entry.use_counts)
-        return entry.num_uses - sum(uses for _, uses in expired)
+        return [
+            entry.num_uses if not entry.use_counts or entry.use_counts[0][0] >= first else _uses_since(entry, first)
+            for entry in entries
+        ]
 
     def order(self, entries: Sequence[CacheEntry], scorer: "Scorer", now_s: float) -> list[CacheEntry]:
         """The adapters, the one to evict first in front."""
@@ -105,17 +106,17 @@ Scorer = Callable[[UseHistory, Sequence[CacheEntry], float], Floats]
 """Scores of some adapters at a time in seconds: lowest leaves first."""
 
 
+def _uses_since(entry: CacheEntry, first_bucket: int) -> int:
+    return sum(uses for bucket, uses in entry.use_counts if bucket >= first_bucket)
+
+
 def greedy_dual(entry: CacheEntry) -> float:
     """The GDSF priority."""
     return entry.clock_at_use + entry.uses_since_load / entry.num_blocks
 
 
-def _array(values: Iterable[float]) -> Floats:
-    return np.array(list(values), np.float64)
-
-
-def _normalised(values: Iterable[float]) -> Floats:
-    array = _array(values)
+def _normalised(values: list[float] | list[int]) -> Floats:
+    array = np.array(values, np.float64)
     low = array.min()
     span = array.max() - low
     return (array - low) / span if span > 0 else np.zeros(len(array))
@@ -123,18 +124,18 @@ def _normalised(values: Iterable[float]) -> Floats:
 
 def _weighted(weights: Weights, history: UseHistory, entries: Sequence[CacheEntry], now_s: float) -> Floats:
     return (
-        weights.frequency * _normalised(history.frequency(entry, now_s) for entry in entries)
-        + weights.recency * _normalised(entry.last_used_s for entry in entries)
-        + weights.size * _normalised(entry.adapter.size_bytes for entry in entries)
+        weights.frequency * _normalised(history.frequencies(entries, now_s))
+        + weights.recency * _normalised([entry.last_used_s for entry in entries])
+        + weights.size * _normalised([entry.adapter.size_bytes for entry in entries])
     )
 
 
 def _least_recently_used(history: UseHistory, entries: Sequence[CacheEntry], now_s: float) -> Floats:
-    return _array(entry.last_used_s for entry in entries)
+    return np.array([entry.last_used_s for entry in entries])
 
 
 def _greedy_dual_size_frequency(history: UseHistory, entries: Sequence[CacheEntry], now_s: float) -> Floats:
-    return _array(greedy_dual(entry) for entry in entries)
+    return np.array([greedy_dual(entry) for entry in entries])
 
 
 @dataclass(frozen=True, slots=True)

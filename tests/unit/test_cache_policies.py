@@ -160,6 +160,6 @@ def test_frequency_is_that_of_the_timestamps_within_the_window() -> None:
         history.used(uses[-1][1], now_s)
         if rng.random() < 0.05:
             asked_s = now_s + rng.choice([0.0, 0.5, 7.0, 29.0, 31.0, 500.0])
-            counted = [history.frequency(entry, asked_s) for entry in entries]
+            counted = history.frequencies(entries, asked_s)
             expected = [sum(t // 1.0 > asked_s // 1.0 - 30 for t, used in uses if used is entry) for entry in entries]
             assert counted == expected
