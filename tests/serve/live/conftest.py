@@ -43,6 +43,7 @@ def _with_bucket(url: str, secret: Path, config: Any) -> None:
         "resolve": [{"pattern": "tenant/*", "uri": f"s3://{BUCKET}/tenant/{{name}}", "credentials": "tenant"}],
         "absent_s": 0.5,
         "refresh_s": 2.0,
+        "prewarm": ["tenant/*", "*"],
         "peer_fetch": True,
     }
 
