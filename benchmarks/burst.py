@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tqdm import tqdm
 
@@ -49,6 +49,8 @@ class _Engine:
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        from chameleon_ray.calibrate.live import in_process
+
         self._llm = LLMEngine.from_engine_args(
             EngineArgs(
                 model=str(demo.model),
@@ -61,7 +63,7 @@ class _Engine:
                 **paged_arguments(PagedSettings()),
             )
         )
-        self._scheduler = self._llm.engine_core.engine_core.scheduler
+        self._scheduler = cast(Any, in_process(self._llm).scheduler)  # ours, one of whose methods is replaced below
         self._memory = self._scheduler.connector.memory
         self._pool = self._scheduler.kv_cache_manager.block_pool
         self.num_blocks: int = self._pool.num_gpu_blocks - 1  # One is vLLM's null block.
@@ -83,7 +85,7 @@ class _Engine:
 
         self._num_requests += 1
         request_id = f"r{self._num_requests}"
-        lora = adapter and LoRARequest(adapter.name, 1 + int(adapter.name[-2:]), str(adapter))
+        lora = None if adapter is None else LoRARequest(adapter.name, 1 + int(adapter.name[-2:]), str(adapter))
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
         self._llm.add_request(request_id, {"prompt_token_ids": prompt}, params, lora_request=lora)
         return request_id

@@ -81,7 +81,7 @@ async def _measure(running: Running) -> None:
     arguments, bench, results = running.arguments, running.bench, running.results
     names = [target.name for target in running.targets]
     results |= {"unloaded": {}, "highest_load": {}}
-    rates = {}
+    rates: dict[str, float] = {}
     for name in names:
         # all at once make a stock engine so slow that none ends for long
         num_requests = STOCK_BURST_REQUESTS if name == STOCK else BURST_REQUESTS

@@ -152,6 +152,7 @@ def engine(mode: str, device: str) -> dict[str, Any]:
 
     from vllm import SamplingParams
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.inputs import TokensPrompt
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -172,11 +173,12 @@ def engine(mode: str, device: str) -> dict[str, Any]:
         async def generate(seed: int, lora: Any, max_tokens: int) -> tuple[list[int], list[float]]:
             nonlocal num_requests
             num_requests += 1
-            prompt = {"prompt_token_ids": [10 + (seed * 37 + i * 11) % 500 for i in range(PROMPT_TOKENS)]}
+            prompt = TokensPrompt(prompt_token_ids=[10 + (seed * 37 + i * 11) % 500 for i in range(PROMPT_TOKENS)])
             params = SamplingParams(
                 temperature=0.0, max_tokens=max_tokens, ignore_eos=True, output_kind=RequestOutputKind.DELTA
             )
-            tokens, times = [], [time.perf_counter()]
+            tokens: list[int] = []
+            times = [time.perf_counter()]
             async for output in llm.generate(prompt, params, f"r{num_requests}", lora_request=lora):
                 tokens += output.outputs[0].token_ids
                 times.append(time.perf_counter())

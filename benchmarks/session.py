@@ -122,7 +122,7 @@ def _write(arguments: argparse.Namespace, results: Results, draw: Callable[[Path
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    kinds = bool | int | float | str | tuple | None
+    kinds = (bool, int, float, str, tuple, type(None))
     return {name: value if isinstance(value, kinds) else str(value) for name, value in options.items() if name != "run"}
 
 

@@ -14,8 +14,9 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -39,6 +40,8 @@ _BYTES_PER_RANK = 64 << 10
 _MAX_RANK = 1 << 13
 _CHUNK_BYTES = 1 << 20
 STAGES = ("fetch", "validate", "load", "first_step")
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(slots=True)
@@ -92,9 +95,9 @@ def run(source: str, json_path: Path | None, *, sizes_mib: Sequence[int], repeat
     print(f"\nSeconds from a request to the first token, medians of {repeats}, load {os.getloadavg()[0]:.1f}")
     print(f"{'MiB':>5}" + "".join(f"{name:>12}" for name in (*STAGES, "total", "plain GETs")) + "   fetch is")
     for row in rows:
-        times = [row[f"{name}_s"] for name in (*STAGES, "total", "plain")]
+        cells = [row[f"{name}_s"] for name in (*STAGES, "total", "plain")]
         print(
-            f"{row['mib']:>5}" + "".join(f"{time:>12.3f}" for time in times) + f"   {row['fetch_to_plain']:.2f}x plain"
+            f"{row['mib']:>5}" + "".join(f"{cell:>12.3f}" for cell in cells) + f"   {row['fetch_to_plain']:.2f}x plain"
         )
     if json_path is not None:
         json_path.write_text(json.dumps({"rows": rows, "repeats": repeats}, indent=2) + "\n")
@@ -133,11 +136,8 @@ def _fetch(
     for number in range(repeats + 1):
         plain = _timed(lambda: _download(client, uri, folder / "plain"))[0]
         store = AdapterStore(folder / f"store-{size_mib}-{number}", 1 << 33)
-        seconds, stored = _timed(
-            lambda store=store: store.add(
-                source, uri, lambda path: validate_adapter(path, table, rules), max_bytes=1 << 32
-            )
-        )
+        add = partial(store.add, source, uri, lambda path: validate_adapter(path, table, rules), max_bytes=1 << 32)
+        seconds, stored = _timed(add)
         if number == 0:
             continue  # Connections are open from here on, in both.
         plain_s.append(plain)
@@ -216,7 +216,7 @@ def _first_tokens(model: str, sizes: list[list[str]]) -> list[dict[str, float]]:
     return found
 
 
-def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
+def _timed(work: Callable[[], _Result]) -> tuple[float, _Result]:
     began_s = time.perf_counter()
     result = work()
     return time.perf_counter() - began_s, result

@@ -14,11 +14,14 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chameleon_ray.engine.paged.options import PagedSettings, paged_arguments
 from chameleon_ray.engine.slots.options import slots_arguments
 from chameleon_ray.random_demo import link_adapters, make_random_demo
+
+if TYPE_CHECKING:
+    from vllm.inputs import TokensPrompt
 
 MIB = 1 << 20
 KV_BYTES = 512 * MIB
@@ -129,7 +132,7 @@ def engine_arguments(
     return arguments
 
 
-def prompts(num: int, seed: int, num_tokens: int = PROMPT_TOKENS) -> list[dict[str, list[int]]]:
+def prompts(num: int, seed: int, num_tokens: int = PROMPT_TOKENS) -> list["TokensPrompt"]:
     """Prompts of random tokens."""
     rng = random.Random(seed)
     return [{"prompt_token_ids": [rng.randrange(10, 600) for _ in range(num_tokens)]} for _ in range(num)]

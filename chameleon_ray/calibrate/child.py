@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm import EngineArgs
+from vllm import __version__ as vllm_version
 from vllm.platforms import current_platform
 from vllm.v1.engine.llm_engine import LLMEngine
-from vllm.version import __version__ as vllm_version
 
 from chameleon_ray.calibrate.live import CLOCKS, LiveAdapter, LiveEngine
 from chameleon_ray.calibrate.measure import (
@@ -22,6 +22,7 @@ from chameleon_ray.calibrate.measure import (
 )
 from chameleon_ray.calibrate.measured import CalibrationError, Effort, Measured
 from chameleon_ray.engine.paged.options import PagedSettings, paged_arguments
+from chameleon_ray.engine.paged.storage import PagedStorage
 from chameleon_ray.sim.parallel import show_progress
 from chameleon_ray.sim.scenario import PolicySettings
 
@@ -62,7 +63,10 @@ def measure(engine: LiveEngine, folders: list[Path], effort: Effort, seed: int) 
 
 def memory(engine: LiveEngine, adapters: list[LiveAdapter]) -> dict[str, int]:
     """The engine's ``MemoryCosts``."""
-    layout, block_tokens = engine.memory.storage.layout, engine.config.cache_config.block_size
+    block_tokens = engine.config.cache_config.block_size
+    storage = engine.memory.storage
+    assert isinstance(storage, PagedStorage)  # as ``start_engine`` asks for
+    layout = storage.layout
     block_bytes = layout.num_layers * layout.page_elems * layout.pages_per_block * layout.element_bytes
     return {
         "block_tokens": block_tokens,

@@ -7,9 +7,12 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from vllm import SamplingParams
+from vllm import RequestOutput, SamplingParams
+from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.core_client import InprocClient
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from chameleon_ray.adapters.identity import AdapterId
@@ -79,6 +82,13 @@ class Request:
     end_s: float | None = None
 
 
+def in_process(llm: LLMEngine) -> EngineCore:
+    """The core of an engine in this process. Raises ValueError for one in a process of its own."""
+    if not isinstance(llm.engine_core, InprocClient):
+        raise ValueError("the engine's core is in another process: set VLLM_ENABLE_V1_MULTIPROCESSING=0")
+    return llm.engine_core.engine_core
+
+
 class LiveEngine:
     """``step`` does one engine step and notes how long it took."""
 
@@ -86,7 +96,7 @@ class LiveEngine:
         """llm: in this process (``VLLM_ENABLE_V1_MULTIPROCESSING=0``), with ``paged_arguments``."""
         self.llm = llm
         self.steps: list[tuple[Composition, float]] = []
-        self._core: Any = llm.engine_core.engine_core
+        self._core = in_process(llm)
         self._clock = clock or WallClock()
         self._rng = Random(seed)
         self._vocabulary = self.config.model_config.get_vocab_size()
@@ -144,7 +154,7 @@ class LiveEngine:
         """Queue a request of random tokens."""
         request_id, request = f"calibrate{next(self._ids)}", Request(adapter)
         self._requests[request_id] = request
-        prompt = {"prompt_token_ids": [self._rng.randrange(self._vocabulary) for _ in range(prompt_tokens)]}
+        prompt = TokensPrompt(prompt_token_ids=[self._rng.randrange(self._vocabulary) for _ in range(prompt_tokens)])
         params = SamplingParams(
             temperature=0.0,
             max_tokens=output_tokens,
@@ -162,6 +172,7 @@ class LiveEngine:
         outputs = self.llm.step()
         now_s = self._clock()
         for output in outputs:
+            assert isinstance(output, RequestOutput)  # nothing is pooled here
             request = self._requests[output.request_id]
             request.token_times_s += [now_s] * len(output.outputs[0].token_ids)
             if output.finished:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from chameleon_ray.policy.lengths import HistoryPredictor, LengthFeatures, capped, length_bucket
 from chameleon_ray.predictor.encoder import Encoder, Pooling

@@ -215,11 +215,11 @@ def _mean(results: Sequence[ClusterResult]) -> dict[str, float]:
 
 
 def _print_table(rate: float, figures: Mapping[str, Mapping[str, float]]) -> None:
-    titles = ("TTFT P50", "P99", "hits", "loads/req", "copies", "imbalance", "retries")
+    titles = ["TTFT P50", "P99", "hits", "loads/req", "copies", "imbalance", "retries"]
     keys = ("ttft_p50_s", "ttft_p99_s", "hit_rate", "loads_per_request", "copies", "imbalance", "retries")
     reference = figures.get(REFERENCE)
     if reference is not None:
-        titles += ("P99 ratio", "loads ratio")
+        titles += ["P99 ratio", "loads ratio"]
     print(f"{f'{rate:.4g}/s each':20}" + "".join(f"{title:>12}" for title in titles))
     for name, row in figures.items():
         cells = [row[key] for key in keys]

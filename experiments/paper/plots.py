@@ -1,7 +1,7 @@
 """Plots like the paper's figures, of what ``python -m experiments.paper --json`` writes."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def _popularity(pyplot: Any, title: str, table: Mapping[str, float], slo_s: floa
     return figure
 
 
-_PAPER = {
+_PAPER: dict[str, tuple[str, Callable[..., Any]]] = {
     "ttft_by_load": ("TTFT P50, P99", _ttft),
     "throughput": ("highest requests/s", _throughput),
     "eviction_by_rank": ("P99 TTFT in s by rank", _grouped),
