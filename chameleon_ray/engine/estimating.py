@@ -19,9 +19,9 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 from chameleon_ray.adapters.identity import AdapterId
 from chameleon_ray.engine.refusals import raise_refused
 from chameleon_ray.engine.resuming import continued, recorder, replayed
-from chameleon_ray.policy.lengths import PREDICTED_TOKENS, LengthFeatures
 from chameleon_ray.predictor.encoder import CLIP_CHARACTERS, clip_prompt
 from chameleon_ray.predictor.estimator import EndedOutput, LengthEstimator
+from chameleon_ray.predictor.lengths import PREDICTED_TOKENS, LengthFeatures
 
 
 class EstimatingLLM(AsyncLLM):

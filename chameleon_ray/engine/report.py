@@ -9,7 +9,7 @@ from typing import Any
 from chameleon_ray.policy.admission import QueuesState, QueueState
 from chameleon_ray.policy.cache_types import CacheStats, EvictReason
 from chameleon_ray.policy.figures import level, total
-from chameleon_ray.policy.lengths import AccuracySnapshot
+from chameleon_ray.predictor.lengths import AccuracySnapshot
 
 WAITING_FOR = ("inspection", "fetch", "room", "load", "turn")
 """What requests wait for: see ``AdapterMemory.waiting``."""

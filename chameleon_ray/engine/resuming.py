@@ -17,7 +17,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreRequest, FinishReason
 from vllm.v1.engine.output_processor import RequestState
 
-from chameleon_ray.policy.lengths import PREDICTED_TOKENS
+from chameleon_ray.predictor.lengths import PREDICTED_TOKENS
 from chameleon_ray.progress import OutputStep, Progress
 
 _REASONS = {str(reason): reason for reason in FinishReason}

@@ -105,7 +105,7 @@ class Place(Enum):
 class QueuedRequest:
     """A request. Its driver makes it, of the first five fields, for one arrival; the rest is the policy's.
 
-    num_predicted_tokens: predicted output length (see ``lengths.py``). adapter: None for the base model.
+    num_predicted_tokens: predicted output length (see ``predictor``). adapter: None for the base model.
     priority: the client's, as in vLLM: a lower value goes earlier.
 
     entry: its adapter's record. arrival: its number, in order of arrival.

@@ -1,1 +1,2 @@
-"""Output lengths from the prompt's text: an encoder with a small head, trained on logged requests."""
+"""Output lengths: from recent traffic (``lengths.py``), or from the prompt's text, by an encoder with a small head that
+is trained on logged requests."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chameleon_ray.config import AppConfig, ConfigError
-from chameleon_ray.policy.lengths import LengthFeatures
 from chameleon_ray.predictor.errors import PredictorError
+from chameleon_ray.predictor.lengths import LengthFeatures
 from chameleon_ray.predictor.proxy import ProxyPredictor
 from chameleon_ray.predictor.request_log import LoggedRequest, RequestLogWriter
 

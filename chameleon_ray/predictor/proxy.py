@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from chameleon_ray.policy.lengths import HistoryPredictor, LengthFeatures, capped
 from chameleon_ray.predictor.encoder import Encoder
 from chameleon_ray.predictor.head import LengthHead
+from chameleon_ray.predictor.lengths import HistoryPredictor, LengthFeatures, capped
 from chameleon_ray.predictor.saved import Description, load_predictor
 
 MAX_BATCH = 16

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from chameleon_ray.policy.lengths import HistoryPredictor, LengthFeatures, capped, length_bucket
 from chameleon_ray.predictor.encoder import Encoder, Pooling
 from chameleon_ray.predictor.errors import PredictorError
 from chameleon_ray.predictor.head import LengthHead, length_loss
+from chameleon_ray.predictor.lengths import HistoryPredictor, LengthFeatures, capped, length_bucket
 from chameleon_ray.predictor.proxy import ProxyPredictor
 from chameleon_ray.predictor.request_log import LoggedRequest, read_request_logs
 from chameleon_ray.predictor.saved import Accuracy, Description, save_predictor

@@ -3,7 +3,7 @@
 from itertools import pairwise
 from random import Random
 
-from chameleon_ray.policy.lengths import LENGTH_BUCKETS, LengthFeatures, capped, length_bucket, output_limit
+from chameleon_ray.predictor.lengths import LENGTH_BUCKETS, LengthFeatures, capped, length_bucket, output_limit
 
 
 class OraclePredictor:

@@ -19,9 +19,9 @@ from typing import Literal
 from chameleon_ray.policy.adapter import Adapter, Tier
 from chameleon_ray.policy.admission import Obstacle
 from chameleon_ray.policy.cache_types import Plan
-from chameleon_ray.policy.lengths import LengthFeatures, LengthPredictor
 from chameleon_ray.policy.records import QueuedRequest
 from chameleon_ray.policy.replica import ReplicaConfig, ReplicaPolicy
+from chameleon_ray.predictor.lengths import LengthFeatures, LengthPredictor
 from chameleon_ray.routing.replica_load import RecentRequests, ReplicaLoad
 from chameleon_ray.sim.costs import CostModel
 from chameleon_ray.sim.link import Link

@@ -13,9 +13,9 @@ from chameleon_ray.policy.adapter import Adapter, Tier
 from chameleon_ray.policy.cache_types import CacheConfig, CacheStats
 from chameleon_ray.policy.disciplines import DISCIPLINES, QueueOptions
 from chameleon_ray.policy.eviction import POLICIES
-from chameleon_ray.policy.lengths import HistoryPredictor, LengthPredictor
 from chameleon_ray.policy.replica import ReplicaConfig
 from chameleon_ray.policy.sizing import SizingOptions
+from chameleon_ray.predictor.lengths import HistoryPredictor, LengthPredictor
 from chameleon_ray.sim.costs import CostModel, Count, Positive, load_cost_model
 from chameleon_ray.sim.loop import Event, run
 from chameleon_ray.sim.oracle import OraclePredictor

@@ -29,8 +29,8 @@ from chameleon_ray.engine.slots.messages import SlotLayout
 from chameleon_ray.engine.slots.options import slots_arguments
 from chameleon_ray.engine.slots.scheduler import SlotsScheduler
 from chameleon_ray.policy.adapter import Adapter, Tier
-from chameleon_ray.policy.lengths import HistoryPredictor
 from chameleon_ray.policy.replica import ReplicaConfig, ReplicaPolicy
+from chameleon_ray.predictor.lengths import HistoryPredictor
 from chameleon_ray.sim.costs import CostModel
 from chameleon_ray.sim.loop import run
 from chameleon_ray.sim.replica import EngineMode, SimReplica

@@ -19,7 +19,7 @@ from chameleon_ray.policy.admission import QueuesState, QueueState
 from chameleon_ray.policy.cache import AdapterCache
 from chameleon_ray.policy.cache_types import CacheConfig
 from chameleon_ray.policy.disciplines import UNLIMITED
-from chameleon_ray.policy.lengths import PredictionAccuracy
+from chameleon_ray.predictor.lengths import PredictionAccuracy
 
 LIMIT_S = 400.0
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from chameleon_ray.config import AppConfig
 from chameleon_ray.demo import DemoPaths
 from chameleon_ray.engine.estimating import PREDICTED_TOKENS
 from chameleon_ray.engine.server import EngineServer
-from chameleon_ray.policy.lengths import LengthFeatures
+from chameleon_ray.predictor.lengths import LengthFeatures
 from chameleon_ray.predictor.proxy import ProxyPredictor
 from chameleon_ray.predictor.request_log import LoggedRequest, read_request_logs
 from chameleon_ray.predictor.train import TrainOptions, train

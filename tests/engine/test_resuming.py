@@ -17,7 +17,7 @@ from chameleon_ray.config import AppConfig
 from chameleon_ray.demo import DemoPaths
 from chameleon_ray.engine.resuming import ResumeError, continued, replayed
 from chameleon_ray.engine.server import EngineServer
-from chameleon_ray.policy.lengths import PREDICTED_TOKENS
+from chameleon_ray.predictor.lengths import PREDICTED_TOKENS
 from chameleon_ray.progress import NO_PROGRESS, OutputStep, Progress, created_of, joined, with_created
 
 LIMIT_S = 300.0

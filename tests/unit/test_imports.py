@@ -79,7 +79,12 @@ RULES = (
         ),
         not_external=("vllm", "torch", "redis"),
     ),
-    Rule("chameleon_ray.sim", may_use=("chameleon_ray.policy", "chameleon_ray.routing"), not_external=HEAVY),
+    Rule(
+        "chameleon_ray.sim",
+        may_use=("chameleon_ray.policy", "chameleon_ray.routing", "chameleon_ray.predictor.lengths"),
+        not_external=HEAVY,
+    ),
+    Rule("chameleon_ray.predictor.lengths", may_use=("chameleon_ray.policy.figures",), only_external=()),
     Rule("chameleon_kernels", may_use=(), not_external=("vllm", "ray", "redis")),
 )
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chameleon_ray.policy.lengths import (
+from chameleon_ray.predictor.lengths import (
     AccuracySnapshot,
     HistoryPredictor,
     LengthFeatures,

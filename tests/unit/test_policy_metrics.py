@@ -17,7 +17,7 @@ from chameleon_ray.policy.adapter import Adapter, Tier
 from chameleon_ray.policy.admission import QueuesState, QueueState
 from chameleon_ray.policy.cache_types import EvictReason
 from chameleon_ray.policy.disciplines import UNLIMITED
-from chameleon_ray.policy.lengths import PredictionAccuracy
+from chameleon_ray.predictor.lengths import PredictionAccuracy
 from deployments.policy_metrics import PolicyMetrics
 
 ADAPTERS = [Adapter(f"{number:064x}", 8, 1000) for number in range(6)]

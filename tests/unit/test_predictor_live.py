@@ -11,11 +11,11 @@ import torch
 from predictor_logs import encoder_folder, requests, write_log
 
 from chameleon_ray.config import AppConfig, ConfigError
-from chameleon_ray.policy.lengths import LengthFeatures
 from chameleon_ray.predictor import proxy as proxy_module
 from chameleon_ray.predictor.encoder import Encoder
 from chameleon_ray.predictor.errors import PredictorError
 from chameleon_ray.predictor.estimator import EndedOutput, LengthEstimator, make_estimator
+from chameleon_ray.predictor.lengths import LengthFeatures
 from chameleon_ray.predictor.proxy import ProxyPredictor
 from chameleon_ray.predictor.request_log import NUM_FILES, LoggedRequest, RequestLogWriter, read_request_logs
 from chameleon_ray.predictor.saved import load_predictor

@@ -10,10 +10,10 @@ import torch
 from predictor_logs import ASKS, encoder_folder, requests, write_log
 
 from chameleon_ray.cli import main
-from chameleon_ray.policy.lengths import LengthFeatures, length_bucket
 from chameleon_ray.predictor.encoder import Encoder
 from chameleon_ray.predictor.errors import PredictorError
 from chameleon_ray.predictor.head import length_loss
+from chameleon_ray.predictor.lengths import LengthFeatures, length_bucket
 from chameleon_ray.predictor.proxy import ProxyPredictor
 from chameleon_ray.predictor.saved import Description
 from chameleon_ray.predictor.train import TrainOptions, make_buckets, report, train

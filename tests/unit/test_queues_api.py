@@ -16,7 +16,7 @@ from chameleon_ray.engine.report import WAITING_FOR, Activity, MemoryLimits, Pol
 from chameleon_ray.policy.adapter import Adapter
 from chameleon_ray.policy.cache import AdapterCache
 from chameleon_ray.policy.cache_types import CacheConfig
-from chameleon_ray.policy.lengths import PredictionAccuracy
+from chameleon_ray.predictor.lengths import PredictionAccuracy
 from chameleon_ray.routing.replica_load import ReplicaLoad
 from deployments import queues_api
 from deployments.queues_api import all_queues, replica_queues

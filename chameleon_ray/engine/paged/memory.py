@@ -36,9 +36,9 @@ from chameleon_ray.policy.adapter import Adapter
 from chameleon_ray.policy.admission import Obstacle
 from chameleon_ray.policy.cache import AdapterCache
 from chameleon_ray.policy.cache_types import AdapterTooLarge, CacheCorrupt, Plan
-from chameleon_ray.policy.lengths import PREDICTED_TOKENS, HistoryPredictor, LengthFeatures, PredictionAccuracy
 from chameleon_ray.policy.records import QueuedRequest, State
 from chameleon_ray.policy.replica import AdapterFailed, ReplicaPolicy
+from chameleon_ray.predictor.lengths import PREDICTED_TOKENS, HistoryPredictor, LengthFeatures, PredictionAccuracy
 
 logger = init_logger(__name__)
 

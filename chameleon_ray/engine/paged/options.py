@@ -54,7 +54,7 @@ class PagedSettings:
     scheduler: which waiting request runs next, a name in ``policy.disciplines.DISCIPLINES``.
     request_size: see ``policy.sizing.SizingOptions``.
     scheduler_max_queues, k_rule, scheduler_slo_s, scheduler_refresh_s: see ``policy.disciplines.QueueOptions``.
-    trust_predictions: requests carry their predicted output length (``policy.lengths.PREDICTED_TOKENS``); only where
+    trust_predictions: requests carry their predicted output length (``predictor.lengths.PREDICTED_TOKENS``); only where
     no client can set it.
     """
 

@@ -20,7 +20,7 @@ class AdapterStats(KVConnectorStats):
     (``fetch`` and ``load`` durations since then), ``eviction_cost_s`` (what one more adapter would cost later ones),
     ``idle_blocks`` (``AdapterCache.idle_blocks``), ``queues`` (``policy.admission.QueuesState``), ``waited`` ((queue,
     queueing delay in s) of requests admitted since the last report), ``evicted`` ((name, reason) of adapters that left
-    KV memory since then), ``predictions`` (``policy.lengths.AccuracySnapshot``), ``waiting``
+    KV memory since then), ``predictions`` (``predictor.lengths.AccuracySnapshot``), ``waiting``
     (``AdapterMemory.waiting``), ``oldest_waiting_s``, ``limits`` (``engine.report.MemoryLimits``),
     ``num_inspection_failures``. ``engine/report.py`` makes objects of it."""
 
