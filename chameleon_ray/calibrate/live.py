@@ -18,6 +18,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from chameleon_ray.adapters.identity import AdapterId
 from chameleon_ray.calibrate.measured import CalibrationError
 from chameleon_ray.engine.paged.memory import AdapterMemory
+from chameleon_ray.sim.fit import Composition
 
 _FIRST_NUMBER = 100_000
 """LoRA numbers from here on, so that those of somebody who drives the engine as well stay free."""
@@ -59,18 +60,6 @@ class LiveAdapter:
     lora: LoRARequest
     rank: int
     size_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Composition:
-    """What a step computes; see ``StepCosts.seconds``."""
-
-    tokens: int
-    context_tokens: int
-    token_ranks: int
-    adapter_bytes: int
-    requests: int
-    attended_tokens: float
 
 
 @dataclass(slots=True)

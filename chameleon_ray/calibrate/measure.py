@@ -14,10 +14,10 @@ from dataclasses import asdict
 from itertools import chain, zip_longest
 from pathlib import Path
 
-from chameleon_ray.calibrate.live import Composition, LiveAdapter, LiveEngine, Request
+from chameleon_ray.calibrate.live import LiveAdapter, LiveEngine, Request
 from chameleon_ray.calibrate.measured import CalibrationError, Effort, Served
 from chameleon_ray.policy.adapter import Adapter
-from chameleon_ray.sim.fit import StepPoint
+from chameleon_ray.sim.fit import Composition, StepPoint
 from chameleon_ray.sim.workload import AdapterMix, WorkloadConfig, generate
 
 Progress = Callable[[str, float], None]

@@ -22,11 +22,8 @@ class FitFailed(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class StepPoint:
-    """One kind of engine step and how long it takes. The first six are ``StepCosts.seconds``' arguments.
-
-    fastest_s: of all such steps measured; seconds: their median. count: how many there were.
-    """
+class Composition:
+    """What an engine step computes: the arguments of ``StepCosts.seconds``."""
 
     tokens: int
     context_tokens: int
@@ -34,6 +31,15 @@ class StepPoint:
     adapter_bytes: int
     requests: int
     attended_tokens: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepPoint(Composition):
+    """One kind of engine step and how long it takes.
+
+    fastest_s: of all such steps measured; seconds: their median. count: how many there were.
+    """
+
     seconds: float
     fastest_s: float
     count: int = 1
