@@ -35,8 +35,10 @@ logger = logging.getLogger(__name__)
 
 PART_BYTES = 8 << 20
 _PARTS_AT_ONCE = 4
-_FAST_BYTES_S = 100 << 20
+_FAST_BYTES_S = 64 << 20
 """One answer that comes faster is not helped by others beside it."""
+_JUDGED_PARTS = 2
+"""After so many it is told how fast an answer comes: the first part may be slow alone."""
 _FETCHES = 3
 """How often a fetch begins anew because the files changed meanwhile."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
@@ -203,10 +205,10 @@ class RemoteSource:
         """Append parts from one answer while they come fast, opening another where one fails."""
         size = mark.size_bytes
         stream: RemoteStream | None = None
-        body_s = 0.0
+        body_s, num_read = 0.0, 0
 
         def part() -> bytes:
-            nonlocal stream, body_s
+            nonlocal stream, body_s, num_read
             start = out.tell()
             stream = stream or files.stream(name, mark, start, size)
             if stream is None:
@@ -218,14 +220,15 @@ class RemoteSource:
                 stream.close()
                 stream = None
                 raise
-            body_s = time.monotonic() - began_s
+            body_s += time.monotonic() - began_s
+            num_read += len(content)
             return content
 
         try:
             while out.tell() < size:
                 content = self._tried(name, part)
                 out.write(content)
-                if len(content) <= body_s * _FAST_BYTES_S:
+                if stream is None or (num_read >= _JUDGED_PARTS * PART_BYTES and num_read <= body_s * _FAST_BYTES_S):
                     return
         finally:
             if stream is not None:
