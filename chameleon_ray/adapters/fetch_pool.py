@@ -59,9 +59,9 @@ class FetchPool:
             running.add_done_callback(partial(self._ended, tenant, done))
 
     def _next(self) -> str | None:
-        may_take = set(self._waiting)
+        may_take = list(self._waiting)  # Of two that never had a thread, the one that waits longer comes first.
         if self._num_free == 1 and len(self._turns) > 1:
-            may_take = {tenant for tenant in may_take if not self._running[tenant]}
+            may_take = [tenant for tenant in may_take if not self._running[tenant]]
         return min(may_take, key=lambda tenant: (self._running[tenant], self._turns[tenant]), default=None)
 
     def _ended(self, tenant: str, done: "asyncio.Future[Any]", ended: "asyncio.Future[Any]") -> None:
