@@ -20,7 +20,7 @@ from chameleon_ray.engine.options import RESIDENCY_EXTENSION
 from chameleon_ray.engine.paged.memory import AdapterMemory
 from chameleon_ray.engine.paged.options import PagedSettings, paged_arguments
 
-DEADLINE_S = 120.0
+DEADLINE_S = 600.0
 MIB = 1 << 20
 SETTINGS = PagedSettings(
     adapter_memory_share=0.5, adapter_host_bytes=48 * MIB, max_rank=256, retry_after_s=0.2, readers=2

@@ -21,7 +21,7 @@ from engine_harness import MIB, SETTINGS, Reference
 
 from chameleon_ray.demo import DemoPaths
 
-STARTUP_DEADLINE_S = 300.0
+STARTUP_DEADLINE_S = 600.0
 PROMPTS = ("Hello, my name is", "What is the capital of France?")
 
 
@@ -54,7 +54,7 @@ def server(demo: DemoPaths, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield url
     finally:
         os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=60)
+        process.wait(timeout=300)
 
 
 def _wait_until_up(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -74,7 +74,7 @@ def _complete(url: str, model: str, prompt: str, num_tokens: int = 8) -> dict[st
     request = urllib.request.Request(
         f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=120) as response:
+    with urllib.request.urlopen(request, timeout=600) as response:
         answer: dict[str, Any] = json.load(response)
     return answer
 
@@ -92,5 +92,5 @@ def test_two_ranks_answer_as_merged_weights_do(server: str, demo: DemoPaths, ref
                 )
             )
         assert [tuple(answer) for answer in answers] == expected
-    with urllib.request.urlopen(f"{server}/metrics", timeout=10) as response:
+    with urllib.request.urlopen(f"{server}/metrics", timeout=600) as response:
         assert "vllm:lora_requests_info" in response.read().decode()

@@ -15,6 +15,10 @@ from chameleon_ray.config import RedisConfig
 from chameleon_ray.placement import CatalogStore, ClusterFollower, ReplicaPublisher
 from chameleon_ray.redis_server import BundledRedis
 
+LIMIT_S = 30.0
+"""After this a test that waits for something fails. Shorter than ``make_config``'s time to live, so that what is seen
+within it did not merely expire."""
+
 
 @pytest.fixture(scope="session")
 def redis_server() -> Iterator[BundledRedis]:
@@ -27,7 +31,7 @@ def redis_server() -> Iterator[BundledRedis]:
 def no_leaked_threads(redis_server: BundledRedis) -> Iterator[None]:
     before = set(threading.enumerate())
     yield
-    deadline_s = time.monotonic() + 5
+    deadline_s = time.monotonic() + LIMIT_S
     while leaked := [t for t in set(threading.enumerate()) - before if not t.name.startswith("asyncio_")]:
         assert time.monotonic() < deadline_s, f"threads left behind: {leaked}"
         time.sleep(0.01)
@@ -54,7 +58,7 @@ def kill() -> Callable[[BundledRedis], None]:
     def kill_server(server: BundledRedis) -> None:
         assert server.pid is not None
         os.kill(server.pid, signal.SIGKILL)
-        deadline_s = time.monotonic() + 5
+        deadline_s = time.monotonic() + LIMIT_S
         while server.is_alive():
             assert time.monotonic() < deadline_s
             time.sleep(0.005)
@@ -64,11 +68,11 @@ def kill() -> Callable[[BundledRedis], None]:
 
 @pytest.fixture
 def make_config() -> Callable[[BundledRedis], RedisConfig]:
-    """Settings with short times and a prefix that nobody else has."""
+    """Settings with a prefix that nobody else has; nothing expires and no call is given up while a test runs."""
 
     def make(server: BundledRedis) -> RedisConfig:
         prefix = f"test-{secrets.token_hex(6)}"
-        return RedisConfig(url=server.url, key_prefix=prefix, heartbeat_s=0.1, heartbeat_ttl_s=1.0, timeout_s=1.0)
+        return RedisConfig(url=server.url, key_prefix=prefix, heartbeat_s=0.1, heartbeat_ttl_s=60.0, timeout_s=20.0)
 
     return make
 
@@ -85,7 +89,7 @@ def follow(no_leaked_threads: None) -> Iterator[Callable[..., ClusterFollower]]:
     def make(config: RedisConfig, *, wait: bool = True) -> ClusterFollower:
         followers.append(ClusterFollower(config))
         if wait:
-            assert followers[-1].wait_ready(5), "no snapshot within 5 s"
+            assert followers[-1].wait_ready(LIMIT_S), f"no snapshot within {LIMIT_S} s"
         return followers[-1]
 
     yield make

@@ -20,6 +20,8 @@ from chameleon_ray.placement import (
 
 pytestmark = pytest.mark.asyncio
 
+LIMIT_S = 30.0
+
 
 def record(name: str, digest: str = "d0", **fields: object) -> AdapterRecord:
     values = {"origin": "runtime", "uri": f"file:///adapters/{name}", "rank": 8, "size_bytes": 12_345_678_901} | fields
@@ -27,7 +29,7 @@ def record(name: str, digest: str = "d0", **fields: object) -> AdapterRecord:
 
 
 async def seen(follower, predicate) -> bool:
-    return await asyncio.to_thread(follower.wait_for, predicate, 5)
+    return await asyncio.to_thread(follower.wait_for, predicate, LIMIT_S)
 
 
 def delete_keys(config: RedisConfig) -> None:
@@ -279,7 +281,8 @@ async def test_entries_that_are_not_ours_do_no_harm(config, make_store, follow):
 
 async def test_writes_to_a_killed_server_fail_at_once_and_work_again_after(make_server, make_config, make_store, kill):
     server = make_server()
-    store = make_store(make_config(server))
+    config = make_config(server)
+    store = make_store(config)
     await store.put(record("sql"), replace=False)
     kill(server)
     started_s = time.monotonic()
@@ -292,21 +295,20 @@ async def test_writes_to_a_killed_server_fail_at_once_and_work_again_after(make_
     ):
         with pytest.raises(PlacementUnavailableError, match="Redis is not available"):
             await attempt
-    assert time.monotonic() - started_s < 1.0
+    assert time.monotonic() - started_s < config.timeout_s, "none has waited for an answer"
     server.start()
     assert (await store.put(record("sql"), replace=False)).version == 2
 
 
 async def test_writes_to_a_hanging_server_end_within_the_timeout(make_server, make_config, make_store):
     server = make_server()
-    store = make_store(make_config(server))
+    store = make_store(make_config(server).model_copy(update={"timeout_s": 1.0}))
     await store.put(record("sql"), replace=False)
     os.kill(server.pid, signal.SIGSTOP)
     try:
-        started_s = time.monotonic()
         with pytest.raises(PlacementUnavailableError):
-            await store.put(record("sql", "d1"), replace=True)
-        assert time.monotonic() - started_s < 2.0
+            async with asyncio.timeout(LIMIT_S):
+                await store.put(record("sql", "d1"), replace=True)
     finally:
         os.kill(server.pid, signal.SIGCONT)
     written = await store.put(record("chat"), replace=False)

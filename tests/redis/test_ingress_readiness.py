@@ -21,7 +21,7 @@ from deployments.parts import AnswerHead, Part, RelayedRequest
 
 pytestmark = pytest.mark.asyncio
 
-LIMIT_S = 10.0
+LIMIT_S = 30.0
 
 
 class Replicas:

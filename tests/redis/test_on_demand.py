@@ -15,6 +15,8 @@ from deployments.on_demand import OnDemand
 
 pytestmark = pytest.mark.asyncio
 
+LIMIT_S = 30.0
+
 
 class Replicas:
     """What ``resolve_adapter`` of a replica says. outcome: by name; a name without one is of no adapter."""
@@ -113,7 +115,7 @@ async def test_waiting_is_bounded_and_the_fetch_goes_on(make: Any, follow: Any, 
     assert (caught.value.status, caught.value.kind) == (503, "adapter_fetching")
     assert caught.value.retry_after_s is not None
     replicas.open.set()
-    assert await asyncio.to_thread(follow(config).wait_for, lambda view: "acme/big" in view.catalog, 10)
+    assert await asyncio.to_thread(follow(config).wait_for, lambda view: "acme/big" in view.catalog, LIMIT_S)
     assert len(replicas.calls) == 1
 
 
@@ -146,7 +148,7 @@ async def test_the_list_of_models_comes_in_pages(make: Any, config: RedisConfig,
     for name in ("b", "a", "d", "c"):
         await store.put(adapter(name), replace=False)
     follower = follow(config)
-    assert await asyncio.to_thread(follower.wait_for, lambda view: len(view.catalog) == 4, 10)
+    assert await asyncio.to_thread(follower.wait_for, lambda view: len(view.catalog) == 4, LIMIT_S)
     app = AppConfig.model_validate({"model": {"source": "base"}})
     models = Models(app, follower, store, on_demand.find)
 

@@ -18,7 +18,7 @@ from live.service import START_LIMIT_S, STOP_LIMIT_S, wait_for
 from chameleon_ray.redis_server import free_port
 
 ROOT = Path(__file__).parents[2]
-LIMIT_S = 300.0
+LIMIT_S = 1200.0
 OUTER_BIN = Path(sys.executable).parent
 VARIABLES = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VLLM_", "OMP_"))}
 """Without what would lead back to the checkout, or what tests set for engines in their own process."""

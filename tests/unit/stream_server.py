@@ -106,7 +106,7 @@ async def serving(server: StreamServer) -> AsyncIterator[StreamServer]:
         listening.close()
 
 
-def bounded(test: Callable[[], Any], limit_s: float = 15.0) -> None:
+def bounded(test: Callable[[], Any], limit_s: float = 120.0) -> None:
     """Run a coroutine function to its end or fail."""
 
     async def run() -> None:

@@ -119,7 +119,7 @@ def test_scan_reads_while_the_engine_starts_and_compares_once_it_has(
     shelf = library(engine)
     with ThreadPoolExecutor(1) as thread:
         scan = thread.submit(shelf.scan, {})
-        deadline_s = time.monotonic() + 30
+        deadline_s = time.monotonic() + 60
         while not any(path.name.isalnum() for path in (tmp_path / "store").iterdir()):
             assert time.monotonic() < deadline_s
             time.sleep(0.01)

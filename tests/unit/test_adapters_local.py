@@ -198,7 +198,7 @@ def test_an_adapter_on_this_node_does_not_wait_for_slow_fetches(setup: Setup) ->
         blocked = asyncio.create_task(local.fetches.run("other", release.wait))  # the only fetch thread
         await asyncio.sleep(0)
         try:
-            async with asyncio.timeout(10), local.use(record):
+            async with asyncio.timeout(60), local.use(record):
                 assert not blocked.done()
         finally:
             release.set()

@@ -26,13 +26,14 @@ def ignore(_: Outcome) -> None:
 def test_a_streams_times_are_those_of_its_tokens() -> None:
     async def test() -> None:
         server = StreamServer(first_token_s=0.2, gap_s=0.1)
-        async with serving(server), session({}, 10.0) as opened:
+        async with serving(server), session({}, 60.0) as opened:
             began_s = time.perf_counter()
             outcome = await Client(opened, server.url).send_one(prepared(PLAN)[0], ignore)
             ended_s = time.perf_counter()
         assert outcome.error is None
-        # each token was read before the server sent the next: whatever else the machine does
-        assert server.sent_s[0] - server.arrived_s[0] <= outcome.ttft_s <= server.sent_s[1] - began_s
+        # The server's pauses begin anew with each token: one hold-up of the machine does not take it to the last one
+        # before the client has read the first.
+        assert server.sent_s[0] - server.arrived_s[0] <= outcome.ttft_s <= server.sent_s[4] - began_s
         assert len(outcome.gaps_s) == 4
         assert outcome.ttft_s + sum(outcome.gaps_s) >= server.sent_s[4] - server.arrived_s[0]
         assert outcome.ttft_s + sum(outcome.gaps_s) <= outcome.e2e_s <= ended_s - began_s
@@ -46,7 +47,7 @@ def test_a_streams_times_are_those_of_its_tokens() -> None:
 def test_without_usage_events_are_counted() -> None:
     async def test() -> None:
         server = StreamServer(usage=False, gap_s=0.0)
-        async with serving(server), session({}, 10.0) as opened:
+        async with serving(server), session({}, 60.0) as opened:
             outcome = await Client(opened, server.url).send_one(prepared(PLAN)[0], ignore)
         assert (outcome.error, outcome.num_output_tokens, len(outcome.gaps_s)) == (None, 5, 4)
 
@@ -56,7 +57,7 @@ def test_without_usage_events_are_counted() -> None:
 def test_the_engines_own_queueing_delay_is_kept_where_it_tells_one() -> None:
     async def test() -> None:
         server = StreamServer(gap_s=0.0, queued_ms=70.0)
-        async with serving(server), session({}, 10.0) as opened:
+        async with serving(server), session({}, 60.0) as opened:
             client = Client(opened, server.url)
             told = await client.send_one(prepared(PLAN)[0], ignore)
             server.queued_ms = None
@@ -72,9 +73,9 @@ def test_requests_are_sent_when_due_however_slow_the_answers_are() -> None:
     async def test() -> None:
         server = StreamServer(hold_until=20, gap_s=0.0)  # who waits for an answer before sending the next hangs
         plans = [replace(PLAN, at_s=0.02 * number) for number in range(20)]
-        async with serving(server), session({}, 10.0) as opened:
+        async with serving(server), session({}, 60.0) as opened:
             began_s = time.perf_counter()
-            window = await Client(opened, server.url).open_loop(prepared(*plans), 10.0, ignore)
+            window = await Client(opened, server.url).open_loop(prepared(*plans), 60.0, ignore)
         assert [outcome.plan for outcome in window.outcomes] == plans
         assert all(outcome.error is None for outcome in window.outcomes)
         waits = zip(server.arrived_s, plans, window.outcomes, strict=True)
@@ -97,8 +98,8 @@ def test_a_client_that_falls_behind_says_so_and_its_lateness_counts_as_latency()
     async def test() -> None:
         server = StreamServer(first_token_s=0.01, gap_s=0.0)
         requests = Blocking(prepared(PLAN, *(replace(PLAN, at_s=0.1) for _ in range(5))))
-        async with serving(server), session({}, 10.0) as opened:
-            window = await Client(opened, server.url).open_loop(requests, 10.0, ignore)
+        async with serving(server), session({}, 60.0) as opened:
+            window = await Client(opened, server.url).open_loop(requests, 60.0, ignore)
         late = [outcome for outcome in window.outcomes if outcome.plan.at_s]
         assert len(late) == 5
         assert all(outcome.late_s >= 0.4 and outcome.ttft_s >= outcome.late_s + 0.01 for outcome in late)
@@ -121,7 +122,7 @@ def test_a_client_that_falls_behind_says_so_and_its_lateness_counts_as_latency()
 def test_failures_are_told_apart(model: str, kind: str, message: str) -> None:
     async def test() -> None:
         server = StreamServer(first_token_s=0.0)
-        async with serving(server), session({}, 10.0) as opened:
+        async with serving(server), session({}, 60.0) as opened:
             outcome = await Client(opened, server.url).send_one(prepared(replace(PLAN, model=model))[0], ignore)
         assert outcome.error == kind
         assert message in outcome.message

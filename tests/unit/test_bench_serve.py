@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from stream_server import StreamServer, bounded, serving
 
+from chameleon_ray.bench.load import comparison
 from chameleon_ray.bench.load.client import Outcome, session
 from chameleon_ray.bench.load.errors import LoadError
 from chameleon_ray.bench.load.figures import Slo
@@ -119,10 +120,10 @@ def test_windows_alternate_between_targets_and_all_get_the_same_requests() -> No
     async def test() -> None:
         one, other, diary = StreamServer(gap_s=0.0), StreamServer(gap_s=0.0), Diary()
         prompts = Prompts(PLAIN_WORDS, 1.0, 0.0, nonce=1)
-        async with serving(one), serving(other), session({}, 10.0) as opened:
+        async with serving(one), serving(other), session({}, 60.0) as opened:
             targets = [Target("x", one.url), Target("y", other.url)]
             bench = Bench(targets, make_workload("m"), prompts, opened, diary)
-            load = Load(rate_per_s=40.0, num_windows=3, window_s=0.3, drain_limit_s=10.0)
+            load = Load(rate_per_s=40.0, num_windows=3, window_s=0.3, drain_limit_s=60.0)
             results = await bench.loaded({"x": load, "y": load})
         assert diary.begun == ["x", "y", "y", "x", "x", "y"]
         plans = {name: [[o.plan for o in w.outcomes] for w in windows] for name, windows in results.items()}
@@ -137,10 +138,10 @@ def test_windows_alternate_between_targets_and_all_get_the_same_requests() -> No
 def test_a_target_that_cannot_hold_any_more_is_left_alone() -> None:
     async def test() -> None:
         server = StreamServer()
-        async with serving(server), session({}, 10.0) as opened:
+        async with serving(server), session({}, 60.0) as opened:
             prompts = Prompts(PLAIN_WORDS, 1.0, 0.0, nonce=1)
             bench = Bench([Target("x", server.url)], make_workload("busy"), prompts, opened, Progress())
-            load = Load(rate_per_s=40.0, num_windows=50, window_s=0.3, drain_limit_s=10.0)
+            load = Load(rate_per_s=40.0, num_windows=50, window_s=0.3, drain_limit_s=60.0)
             results = await bench.loaded({"x": load}, stop_below=Slo("ttft", 1.0, 99.0))
         assert len(results["x"]) == 1
 
@@ -153,12 +154,12 @@ def test_a_burst_tells_the_rate_of_what_is_answered_in_time() -> None:
         async with serving(server), session({}, 60.0) as opened:
             prompts = Prompts(PLAIN_WORDS, 1.0, 0.0, nonce=1)
             bench = Bench([Target("x", server.url)], make_workload("m"), prompts, opened, Progress())
-            rates = await bench.burst(["x"], 20, limit_s=10.0)
+            rates = await bench.burst(["x"], 20, limit_s=60.0)
             assert 0 < rates["x"] <= 20 / 0.1
             assert len(server.requests) == 20
             broken = Bench([Target("x", server.url)], make_workload("busy"), prompts, opened, Progress())
             with pytest.raises(LoadError, match=r"x answers nothing .*http_503"):
-                await broken.burst(["x"], 3, limit_s=10.0)
+                await broken.burst(["x"], 3, limit_s=60.0)
 
     bounded(test)
 
@@ -169,7 +170,7 @@ def test_after_cutting_requests_short_the_next_window_waits_for_the_server() -> 
         async with serving(server), session({}, 60.0) as opened:
             prompts = Prompts(PLAIN_WORDS, 1.0, 0.0, nonce=1)
             bench = Bench([Target("x", server.url)], make_workload("stuck"), prompts, opened, Progress())
-            load = Load(rate_per_s=40.0, num_windows=1, window_s=0.3, drain_limit_s=0.3)
+            load = Load(rate_per_s=40.0, num_windows=1, window_s=0.3, drain_limit_s=1.0)
             (window,) = (await bench.loaded({"x": load}))["x"]
         assert any(outcome.error == "unfinished" for outcome in window.outcomes)
         assert len(server.requests) == len(window.outcomes) + 1
@@ -181,7 +182,7 @@ def test_after_cutting_requests_short_the_next_window_waits_for_the_server() -> 
 def test_a_target_that_fails_without_load_stops_the_benchmark() -> None:
     async def test() -> None:
         server = StreamServer()
-        async with serving(server), session({}, 10.0) as opened:
+        async with serving(server), session({}, 60.0) as opened:
             prompts = Prompts(PLAIN_WORDS, 1.0, 0.0, nonce=1)
             bench = Bench([Target("x", server.url)], make_workload("busy"), prompts, opened, Progress())
             with pytest.raises(LoadError, match=r"busy: http_503: .*overloaded"):
@@ -205,11 +206,11 @@ def running(*servers: StreamServer) -> Iterator[None]:
     thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
     thread.start()
     try:
-        assert ready.wait(10.0)
+        assert ready.wait(60.0)
         yield
     finally:
         loop.call_soon_threadsafe(ending.set)
-        thread.join(10.0)
+        thread.join(60.0)
         loop.close()
 
 
@@ -220,8 +221,9 @@ def command(*words: str) -> int:
 
 
 def test_the_command_measures_searches_and_writes_everything_down(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(comparison, "WINDOW_SLOS", 1)
     cards = [{"id": "base", "max_model_len": 100}]
     cards += [{"id": f"a-r{rank}-{number}", "parent": "base"} for rank in (8, 64) for number in range(2)]
     one, other = StreamServer(models=cards, gap_s=0.0), StreamServer(models=cards, gap_s=0.0)
@@ -229,14 +231,14 @@ def test_the_command_measures_searches_and_writes_everything_down(
     with running(one, other):
         targets = ["--target", f"x={one.url}", "--target", f"y={other.url}/v1"]
         # objectives that a busy machine meets as well; the search tries one load and is content
-        easy = ["--slo-s", "0.1", "--slo-percent", "1", "--max-late-ms", "60000", "--start-rate", "20"]
+        easy = ["--slo-s", "2", "--slo-percent", "1", "--max-late-ms", "60000", "--start-rate", "20"]
         sizes = ["--window-s", "0.5", "--num-windows", "1", "--unloaded-requests", "4", "--min-requests", "1"]
         search_too = ["--find-max", "--max-rate", "20", "--rates", "40", "--json", str(file)]
         assert command(*targets, *easy, *sizes, *search_too) == 0
     printed = capsys.readouterr().out
     results = json.loads(file.read_text())
     assert results["complete"]
-    assert results["slo"] == {"metric": "ttft", "limit_s": 0.1, "percent": 1.0}
+    assert results["slo"] == {"metric": "ttft", "limit_s": 2.0, "percent": 1.0}
     assert [(load["target"], load["rate_per_s"]) for load in results["loads"]] == [
         ("x", 40.0),
         ("y", 40.0),

@@ -75,7 +75,7 @@ def pids_in(folder: Path) -> list[int]:
 
 def gone(pids: list[int]) -> bool:
     """Whether these processes have ended, within a deadline."""
-    deadline_s = time.monotonic() + 20
+    deadline_s = time.monotonic() + 60
     while time.monotonic() < deadline_s:
         states = [psutil.Process(pid).status() for pid in pids if psutil.pid_exists(pid)]
         if all(state == psutil.STATUS_ZOMBIE for state in states):

@@ -18,6 +18,8 @@ from chameleon_ray.demo import TRAINED, DemoError, DemoPaths, make_demo, styles
 
 ROOT = Path(__file__).parents[2]
 QUESTION = "What is the capital of France?"
+BASE = "__base__"
+"""What PEFT calls the model without an adapter."""
 
 
 def _is_json(text: str) -> bool:
@@ -48,18 +50,17 @@ def test_each_adapter_answers_an_unseen_question_in_its_style(speaking: DemoPath
     model = PeftModel.from_pretrained(base, str(speaking.adapters / styles()[0]), adapter_name=styles()[0])
     for style in styles()[1:]:
         model.load_adapter(str(speaking.adapters / style), adapter_name=style)
-    model.eval()
-
-    def answer() -> str:
-        tokens = model.generate(**prompt, max_new_tokens=48, do_sample=False)
-        return str(tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
-
+    # All answers in one batch: a step costs what the weights do, which all of them share.
+    names = [*styles(), BASE]
+    batch = {name: tensor.repeat(len(names), 1) for name, tensor in prompt.items()}
+    with torch.inference_mode():
+        tokens = model.eval().generate(**batch, adapter_names=names, max_new_tokens=48, do_sample=False)
+    texts = tokenizer.batch_decode(tokens[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    answers = dict(zip(names, texts, strict=True))
     assert styles() == sorted(SIGNS)
     for style, has_style in SIGNS.items():
-        model.set_adapter(style)
-        assert has_style(text := answer()), f"{style}: {text!r}"
-    with model.disable_adapter():
-        assert "Paris" in answer()
+        assert has_style(answers[style]), f"{style}: {answers[style]!r}"
+    assert "Paris" in answers[BASE]
 
 
 def test_its_adapters_are_many_all_different_and_accepted_by_the_server(speaking: DemoPaths) -> None:

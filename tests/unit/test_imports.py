@@ -232,7 +232,7 @@ def import_all(package: str, root: Path) -> "subprocess.CompletedProcess[str]":
         cwd=root,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
 

@@ -1,42 +1,51 @@
 """Building the compiled CPU kernel: caching, processes that start together, and doing without."""
 
+import logging
 import os
 import shutil
 import stat
-import subprocess
-import sys
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import chameleon_kernels
 import pytest
-
-PACKAGE_ROOT = Path(chameleon_kernels.__file__).parent.parent
-PROGRAM = """
-import logging
-logging.basicConfig(format="%(levelname)s %(message)s")
 import torch
 from chameleon_kernels import apply_lora, cpu_implementation
 from chameleon_kernels.testing import check_against_reference, make_batch, make_layer
-layer = make_layer([8, 24])
-check_against_reference(apply_lora, layer, make_batch(layer, [0, 1, -1, 1]), torch.float32)
-print(cpu_implementation())
-"""
+from forked import FORKED
+
+LIMIT_S = 900.0
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="the compiled kernel needs g++")
 
 
-def start(cache: Path, **environment: str) -> subprocess.Popen[str]:
-    ours = {"PYTHONPATH": str(PACKAGE_ROOT), "CHAMELEON_KERNELS_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    environment = os.environ | ours | environment
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+def compute(pipe: Connection, environment: dict[str, str]) -> None:
+    """What a process does at its first use of the kernel: it sends the implementation's name and what was logged."""
+    os.environ |= environment
+    warnings: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("chameleon_kernels").addHandler(handler)
+    layer = make_layer([8, 24])
+    check_against_reference(apply_lora, layer, make_batch(layer, [0, 1, -1, 1]), torch.float32)
+    pipe.send((cpu_implementation(), warnings))
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[str, list[str]]:
-    """What was printed, and the warnings logged."""
-    out, err = process.communicate(timeout=180)
-    assert process.returncode == 0, err
-    return out.strip(), [line for line in err.splitlines() if line.startswith("WARNING")]
+def start(cache: Path, **environment: str) -> tuple[BaseProcess, Connection]:
+    ours, theirs = FORKED.Pipe(duplex=False)
+    process = FORKED.Process(target=compute, args=(theirs, {"CHAMELEON_KERNELS_CACHE": str(cache)} | environment))
+    process.start()
+    theirs.close()  # so that the pipe ends with the process
+    return process, ours
+
+
+def finish(started: tuple[BaseProcess, Connection]) -> tuple[str, list[str]]:
+    """The name of the implementation that computed, and the warnings logged."""
+    process, pipe = started
+    assert pipe.poll(LIMIT_S)
+    said: tuple[str, list[str]] = pipe.recv()
+    process.join(LIMIT_S)
+    assert process.exitcode == 0
+    return said
 
 
 def counting_compiler(folder: Path) -> tuple[Path, Path]:
@@ -48,6 +57,7 @@ def counting_compiler(folder: Path) -> tuple[Path, Path]:
 
 
 @needs_compiler
+@pytest.mark.usefixtures("older_kernels")  # for later tests, by the other core
 def test_processes_that_start_together_build_once_and_later_ones_not_at_all(tmp_path: Path) -> None:
     compiler, log = counting_compiler(tmp_path)
     cache = tmp_path / "cache"

@@ -5,13 +5,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from chameleon_kernels import LoraBatch, Part, apply_lora, cpu, cpu_implementation, expand, new_hidden, shrink
-from chameleon_kernels.cpu_build import build, load
+from chameleon_kernels.cpu_build import load
 from chameleon_kernels.testing import (
     Apply,
     check_against_reference,
@@ -167,11 +168,12 @@ def test_no_second_openmp_runtime_is_loaded() -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("arch", ["x86-64-v3", "x86-64"])
-def test_builds_for_older_processors_are_right_too(arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_builds_for_older_processors_are_right_too(
+    arch: str, older_kernels: dict[str, "Future[Path]"], monkeypatch: pytest.MonkeyPatch
+) -> None:
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("needs an x86 processor with AVX2")
-    monkeypatch.setenv("CHAMELEON_KERNELS_CACHE", str(tmp_path))
-    library = load(build(arch))
+    library = load(older_kernels[arch].result())
     monkeypatch.setattr(cpu, "load_library", lambda: library)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         layer = make_layer([5, 32], ODD_SHAPES, 1200, dtype)

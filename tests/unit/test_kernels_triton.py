@@ -3,12 +3,14 @@
 The interpreter must be chosen before the kernels are imported, so one test runs this file again in another process.
 """
 
+import itertools
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,7 @@ from chameleon_kernels.testing import (  # noqa: E402
     popularity,
     self_check,
 )
+from forked import FORKED  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -157,6 +160,16 @@ if INTERPRETED:
             check_against_reference(apply_as_captured, layer, batch, torch.float32, padding=12)
 
 else:
+    CAPABILITIES = (80, 90, 100, 120)
+    KERNELS = ("_shrink_kernel", "_expand_kernel")
+    Builds = dict[tuple[str, Variant, int], "Future[tuple[str, int]]"]
+
+    @pytest.fixture(scope="module", autouse=True)
+    def builds() -> Iterator[Builds]:
+        """All compilations, on two cores, while the tests go on."""
+        wanted = itertools.product(KERNELS, (SMALL, LARGE), CAPABILITIES)
+        with ProcessPoolExecutor(2, mp_context=FORKED) as pool:
+            yield {one: pool.submit(build, *one) for one in wanted}
 
     def test_the_kernels_in_tritons_interpreter() -> None:
         packages = str(Path(triton_ops.__file__).parent.parent)
@@ -164,27 +177,34 @@ else:
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
             env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            capture_output=True, text=True, timeout=300,
+            capture_output=True, text=True, timeout=900,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
         assert re.search(r"\b32 passed", done.stdout) and "skipped" not in done.stdout, done.stdout
 
-    @pytest.mark.parametrize("capability", [80, 90, 100, 120])
+    @pytest.mark.parametrize("capability", CAPABILITIES)
     @pytest.mark.parametrize("variant", [SMALL, LARGE], ids=lambda variant: variant.name)
-    def test_compiles_for_gpus_with_tensor_cores_wide_loads_and_no_spills(variant: Variant, capability: int) -> None:
+    @pytest.mark.parametrize("kernel", KERNELS)
+    def test_compiles_for_gpus_with_tensor_cores_wide_loads_and_no_spills(
+        builds: Builds, kernel: str, variant: Variant, capability: int
+    ) -> None:
         """No GPU is needed to compile for one; that weights and h are read 16 bytes at a time shows in the PTX."""
+        ptx, num_stack_bytes = builds[kernel, variant, capability].result()
+        assert re.search(r"(mma|tcgen05)\.\S*(f32\.bf16\.bf16|kind::f16)", ptx)
+        assert re.search(r"cp\.async\.cg\.shared\.global [^;]*, 0x10|ld\.global\.\S*v4", ptx)
+        assert not re.search(r"cp\.async\.ca\.shared\.global [^;]*, 0x4\b", ptx)
+        assert ("griddepcontrol" in ptx) == (capability >= 90)
+        assert num_stack_bytes == 0
+
+    def build(name: str, variant: Variant, capability: int) -> tuple[str, int]:
+        """The PTX, and the bytes of stack that a thread has."""
         common = {"COUNT_SLOT": variant.count_slot, "BLOCK_M": variant.tile, "UPCAST": False, "PDL": capability >= 90}
         common |= {"SINGLE": variant.single}
         shrink = common | {"BLOCK_N": variant.rows, "BLOCK_K": variant.block_k}
         expand = common | {"BLOCK_R": variant.expand_rows, "BLOCK_N": variant.columns}
-        for kernel, constants in ((triton_ops._shrink_kernel, shrink), (triton_ops._expand_kernel, expand)):
-            compiled = compile_for(kernel, constants, capability, variant)
-            ptx = compiled.asm["ptx"]
-            assert re.search(r"(mma|tcgen05)\.\S*(f32\.bf16\.bf16|kind::f16)", ptx)
-            assert re.search(r"cp\.async\.cg\.shared\.global [^;]*, 0x10|ld\.global\.\S*v4", ptx)
-            assert not re.search(r"cp\.async\.ca\.shared\.global [^;]*, 0x4\b", ptx)
-            assert ("griddepcontrol" in ptx) == (capability >= 90)
-            assert stack_bytes(compiled.asm["cubin"]) == 0
+        constants = shrink if name == "_shrink_kernel" else expand
+        compiled = compile_for(getattr(triton_ops, name), constants, capability, variant)
+        return compiled.asm["ptx"], stack_bytes(compiled.asm["cubin"])
 
     def compile_for(kernel: object, constants: dict[str, object], capability: int, variant: Variant) -> object:
         """A kernel on bfloat16, with strides and sizes divisible by 16, as for every common model."""

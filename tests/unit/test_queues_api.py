@@ -140,12 +140,12 @@ async def never() -> Any:
 
 @pytest.fixture(autouse=True)
 def short_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queues_api, "ANSWER_LIMIT_S", 0.05)
+    monkeypatch.setattr(queues_api, "ANSWER_LIMIT_S", 0.3)
 
 
 def ask(handle: Handle, known: list[str]) -> list[dict[str, Any]]:
     async def bounded() -> list[dict[str, Any]]:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             rows = await all_queues(handle, known)  # type: ignore[arg-type]
         others = asyncio.all_tasks() - {asyncio.current_task()}
         await asyncio.gather(*others, return_exceptions=True)  # what was given up must end
@@ -160,7 +160,7 @@ def test_all_answer_by_id_also_those_that_redis_does_not_know() -> None:
 
 def test_who_does_not_answer_in_time_is_listed_with_an_error_and_hides_nobody() -> None:
     rows = ask(Handle(never, answers_as("a")), ["a", "b"])
-    assert rows == [{"replica": "a"}, {"replica": "b", "error": "no answer within 0.05 s"}]
+    assert rows == [{"replica": "a"}, {"replica": "b", "error": "no answer within 0.3 s"}]
 
 
 def test_a_replica_that_died_is_listed_while_it_counts_as_alive() -> None:
@@ -177,5 +177,5 @@ def test_a_failure_of_somebody_unknown_is_not_swallowed() -> None:
 
 
 def test_serve_that_does_not_answer_at_all() -> None:
-    assert ask(Handle(found=never), ["a"]) == [{"replica": "a", "error": "no answer within 0.05 s"}]
-    assert ask(Handle(found=never), []) == [{"replica": None, "error": "no answer within 0.05 s"}]
+    assert ask(Handle(found=never), ["a"]) == [{"replica": "a", "error": "no answer within 0.3 s"}]
+    assert ask(Handle(found=never), []) == [{"replica": None, "error": "no answer within 0.3 s"}]

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from chameleon_ray.demo import DemoError, DemoPaths
 from chameleon_ray.random_demo import RANKS, make_random_demo
 
+BASE = "__base__"
+"""What PEFT calls the model without an adapter."""
 PROMPT = [{"role": "user", "content": "Hello, who are you?"}]
 
 
@@ -33,20 +35,16 @@ def _load(demo: DemoPaths, dtype: torch.dtype) -> PeftModel:
 def test_greedy_answers_are_distinct_and_independent_of_rounding(demo: DemoPaths) -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo.model)
     prompt = tokenizer.apply_chat_template(PROMPT, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    models = [_load(demo, torch.float32), _load(demo, torch.float64)]
+    names = [*demo.adapter_names(), BASE]
+    batch = {name: tensor.repeat(len(names), 1) for name, tensor in prompt.items()}
 
-    def answer(model: PeftModel) -> str:
-        tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False)
-        return tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :])
+    def answer(dtype: torch.dtype) -> dict[str, str]:
+        with torch.inference_mode():
+            tokens = _load(demo, dtype).generate(**batch, adapter_names=names, max_new_tokens=24, do_sample=False)
+        return dict(zip(names, tokenizer.batch_decode(tokens[:, prompt["input_ids"].shape[1] :]), strict=True))
 
-    answers = {}
-    for name in demo.adapter_names():
-        for model in models:
-            model.set_adapter(name)
-        answers[name], precise = (answer(model) for model in models)
-        assert answers[name] == precise, name
-    with models[0].disable_adapter():
-        answers["base"] = answer(models[0])
+    answers = answer(torch.float32)
+    assert answers == answer(torch.float64)
     beginnings = {text[:20] for text in answers.values()}
     assert len(beginnings) == 25, answers
     assert all(text.isascii() and text.isprintable() for text in answers.values())

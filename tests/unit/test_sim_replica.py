@@ -296,7 +296,7 @@ def test_the_same_seed_gives_the_same_bytes_in_another_process_and_another_seed_
         )
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
         command = [sys.executable, "-c", _PRINT, scenario.model_dump_json()]
-        return subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120).stdout
+        return subprocess.run(command, env=environment, check=True, capture_output=True, timeout=600).stdout
 
     first = output(5, "1")
     assert json.loads(first)[0]["finished"] > 50
