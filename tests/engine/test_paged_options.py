@@ -8,6 +8,7 @@ from vllm import EngineArgs
 from chameleon_ray.config import AppConfig, ConfigError
 from chameleon_ray.demo import DemoPaths
 from chameleon_ray.engine.options import resolve_adapter_memory, server_args
+from chameleon_ray.engine.paged.messages import PagedUnsupportedError, tells_starter, told_reason
 from chameleon_ray.engine.paged.options import PagedSettings, lift_slot_limits, paged_arguments, unsupported_reason
 from chameleon_ray.engine.slots import options as slots_options
 
@@ -83,3 +84,17 @@ def test_configuration_chooses_between_pages_and_slots(demo: DemoPaths) -> None:
     assert paged.scheduler_cls == "chameleon_ray.engine.paged.scheduler.ChameleonScheduler"
     settings = PagedSettings(**paged.additional_config["chameleon"])
     assert (settings.adapter_memory_share, settings.adapter_host_bytes, settings.max_rank) == (0.25, 2 << 30, 128)
+
+
+def test_whoever_starts_an_engine_hears_why_its_processes_refuse() -> None:
+    @tells_starter
+    def refuse(error: Exception) -> None:
+        raise error
+
+    with told_reason() as reason:
+        with pytest.raises(ZeroDivisionError):
+            refuse(ZeroDivisionError())
+        assert reason() == ""
+        with pytest.raises(PagedUnsupportedError):
+            refuse(PagedUnsupportedError("it is round"))
+        assert reason() == "it is round"

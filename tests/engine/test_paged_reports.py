@@ -5,8 +5,6 @@ import json
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import pytest
 from adapter_files import scaled_adapter
 from engine_harness import PagedEngine
 from safetensors.numpy import load_file, save_file
-from spin_probe import PROBE
+from served_engine import LIMIT_S, RETRY_S, SPIN_S, ServedEngine
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
@@ -28,20 +26,16 @@ from chameleon_ray.adapters.errors import (
 )
 from chameleon_ray.adapters.identity import AdapterId
 from chameleon_ray.adapters.record import AdapterRecord
-from chameleon_ray.config import AppConfig
 from chameleon_ray.demo import DemoPaths
 from chameleon_ray.engine.paged import host
 from chameleon_ray.engine.paged.stats import StatsReporter
 from chameleon_ray.engine.refusals import CODE, RETRY_AFTER_S, RequestRefusedError, raise_refused
 from chameleon_ray.engine.report import RECENT_S, WAITING_FOR, Activity, PolicyReport, RecentEviction
-from chameleon_ray.engine.server import EngineServer
 from chameleon_ray.engine.stats import LoadStats
 from chameleon_ray.engine.vllm_metrics import by_client_name
 from chameleon_ray.policy.adapter import Tier
 
-LIMIT_S = 300.0
 PROMPT = list(range(10, 40))
-RETRY_S = 7.0
 
 
 def _vllms_logger(engine: PagedEngine) -> Any:
@@ -239,11 +233,11 @@ def test_refusal_without_use_in_trying_again_is_the_requests_own_fault() -> None
     assert isinstance(error.as_adapter_error(), AdapterTooLargeError)
 
 
-class Served:
-    """An ``EngineServer`` with adapters in KV memory."""
+class Called:
+    """Requests to the engine, as clients make them."""
 
-    def __init__(self, server: EngineServer, demo: DemoPaths) -> None:
-        self.server = server
+    def __init__(self, served: ServedEngine, demo: DemoPaths) -> None:
+        self.server = served.server
         self._demo = demo
 
     def record(self, name: str, folder: Path, size: int | None = None) -> AdapterRecord:
@@ -258,59 +252,48 @@ class Served:
         where = None if name is None else folder or self._demo.adapters / name
         return self.server.call(path, json.dumps(body).encode(), name or "demo", record, where)
 
+    def report(self) -> PolicyReport:
+        """The latest."""
+        found = self.server.policy_report()
+        assert found is not None
+        return found[0]
+
     async def answer(self, *args: Any, **fields: Any) -> tuple[int, bytes]:
         async with self.call(*args, **fields) as call:
             return (await call.head()).status, await call.body()
 
 
-def serve(demo: DemoPaths, test: Callable[[Served], Awaitable[None]]) -> None:
-    small = {"device": "cpu", "dtype": "float32", "max_model_len": 512, "kv_cache_gib": 0.06, "enforce_eager": True}
-    config = AppConfig.from_args(
-        {
-            "model": {"source": str(demo.model), "name": "demo"},
-            "engine": small
-            | {"adapter_memory": "paged", "adapter_host_gib": 0.1}
-            | {"worker_spin_s": 0.003, "vllm_args": {"worker_extension_cls": PROBE}},
-            "adapters": {"retry_after_s": RETRY_S, "max_rank": 512},
-        }
-    )
-
-    async def started() -> None:
-        async with asyncio.timeout(LIMIT_S), AsyncExitStack() as stack:
-            server = await EngineServer.start(config)
-            stack.callback(server.shutdown)
-            await test(Served(server, demo))
-
-    asyncio.run(started())
-
-
 def test_client_learns_why_its_adapter_cannot_be_used_and_nobody_else_is_harmed(
-    demo: DemoPaths, tmp_path: Path
+    demo: DemoPaths, served: ServedEngine, tmp_path: Path
 ) -> None:
+    called = Called(served, demo)
     good, changed = demo.adapter_names()[0], "changed"
     messages = [{"role": "user", "content": "Hello"}]
     chat = {"path": "/v1/chat/completions", "messages": messages}
     ways = ({}, {"stream": True}, chat, chat | {"stream": True})
 
-    async def refused(served: Served, name: str, folder: Path, **fields: Any) -> AdapterError:
+    async def refused(name: str, folder: Path, **fields: Any) -> AdapterError:
         with pytest.raises(AdapterError) as caught:
-            async with served.call(name, folder, **fields) as call:
+            async with called.call(name, folder, **fields) as call:
                 await call.head()
                 await anext(call.chunks(lambda: 0.0))
         return caught.value
 
-    async def test(served: Served) -> None:
-        whole = await served.answer(good)
+    async def test() -> None:
+        await served.forget_all()
+        called.server.take_policy_events()
+        before = called.report()
+        whole = await called.answer(good)
         assert whole[0] == 200
-        await _check_inspections(served, demo, tmp_path)
+        await _check_inspections(called, demo, tmp_path)
 
         folder = Path(shutil.copytree(demo.adapters / good, tmp_path / changed))
-        await served.server.accept(served.record(changed, folder), folder, whole=True)
+        await called.server.accept(called.record(changed, folder), folder, whole=True)
         _truncate(folder)
         errors, others, base = await asyncio.gather(
-            asyncio.gather(*(refused(served, changed, folder, **fields) for fields in ways)),
-            asyncio.gather(*(served.answer(good) for _ in range(4))),
-            served.answer(None, stream=True),
+            asyncio.gather(*(refused(changed, folder, **fields) for fields in ways)),
+            asyncio.gather(*(called.answer(good) for _ in range(4))),
+            called.answer(None, stream=True),
         )
         for error in errors:
             assert isinstance(error, AdapterRetryLaterError) and isinstance(error.args[0], AdapterLoadError)
@@ -325,15 +308,15 @@ def test_client_learns_why_its_adapter_cannot_be_used_and_nobody_else_is_harmed(
         broken = Path(shutil.copytree(demo.adapters / good, tmp_path / "broken"))
         _truncate(broken)
         for fields in ways:
-            error = await refused(served, "broken", broken, **fields)
+            error = await refused("broken", broken, **fields)
             assert isinstance(error, AdapterInvalidError) and error.http_status == 400
             assert "truncated" in str(error) and "tried again" not in str(error)
-        _check_reports(served.server)
-        await _check_tiers(served, demo)
-        await _check_retirement(served, demo)
-        assert await served.server._engine.collective_rpc("spin_times") == [[0.003]]
+        _check_reports(called, before)
+        await _check_tiers(called, demo)
+        await _check_retirement(called, demo)
+        assert await called.server._engine.collective_rpc("spin_times") == [[SPIN_S]]
 
-    serve(demo, test)
+    served.run(test)
 
 
 def _truncate(folder: Path) -> None:
@@ -341,7 +324,7 @@ def _truncate(folder: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-1000])
 
 
-async def _check_inspections(served: Served, demo: DemoPaths, tmp_path: Path) -> None:
+async def _check_inspections(called: Called, demo: DemoPaths, tmp_path: Path) -> None:
     """An idle engine says of an adapter whether it can serve it; what it refuses leaves it as it was."""
     small, large = demo.adapter_names()[0], next(name for name in demo.adapter_names() if "-r128-" in name)
     tensors = load_file(demo.adapters / large / "adapter_model.safetensors")
@@ -352,62 +335,59 @@ async def _check_inspections(served: Served, demo: DemoPaths, tmp_path: Path) ->
     (grown / "adapter_config.json").write_text(json.dumps(config | {"r": 4 * config["r"]}))
     broken = Path(shutil.copytree(demo.adapters / small, tmp_path / "truncated"))
     _truncate(broken)
-    found = served.server.policy_report()
-    assert found is not None
-    bound = found[0].limits.max_blocks
+    bound = called.report().limits.max_blocks
     for _ in range(2):
         with pytest.raises(AdapterTooLargeError, match=rf"takes \d+ blocks of KV memory, .* may hold {bound}"):
-            await served.server.accept(served.record("grown", grown), grown, whole=True)
+            await called.server.accept(called.record("grown", grown), grown, whole=True)
         with pytest.raises(AdapterInvalidError, match="truncated or damaged"):
-            await served.server.accept(served.record("truncated", broken), broken)
+            await called.server.accept(called.record("truncated", broken), broken)
         with pytest.raises(AdapterLoadError, match="missing"):
-            await served.server.accept(served.record("gone", tmp_path / "gone", 1), tmp_path / "gone")
+            await called.server.accept(called.record("gone", tmp_path / "gone", 1), tmp_path / "gone")
     # Weights that are not zero, and whose product is.
     faint = Path(shutil.copytree(demo.adapters / small, tmp_path / "faint"))
     tensors = load_file(faint / "adapter_model.safetensors")
     save_file({name: array * 1e-30 for name, array in tensors.items()}, faint / "adapter_model.safetensors")
-    await served.server.accept(served.record("faint", faint), faint, whole=True)
+    await called.server.accept(called.record("faint", faint), faint, whole=True)
     with pytest.raises(AdapterInvalidError, match=r"'faint' .* does not change the answer"):
-        await served.server.check_effect(served.record("faint", faint), faint)
-    await served.server.accept(served.record(large, demo.adapters / large), demo.adapters / large, whole=True)
-    await served.server.check_effect(served.record(large, demo.adapters / large), demo.adapters / large)
+        await called.server.check_effect(called.record("faint", faint), faint)
+    await called.server.accept(called.record(large, demo.adapters / large), demo.adapters / large, whole=True)
+    await called.server.check_effect(called.record(large, demo.adapters / large), demo.adapters / large)
     for name in (large, small):
-        assert (await served.answer(name))[0] == 200, "what it has accepted is served by the next request"
-    found = served.server.policy_report()
-    assert found is not None and found[0].cache.adapters_known == 3
+        assert (await called.answer(name))[0] == 200, "what it has accepted is served by the next request"
+    assert called.report().cache.adapters_known == 3
 
 
-def _check_reports(server: EngineServer) -> None:
-    assert server.adapter_memory == "paged"
-    found = server.policy_report()
+def _check_reports(called: Called, before: PolicyReport) -> None:
+    assert called.server.adapter_memory == "paged"
+    found = called.server.policy_report()
     assert found is not None
     report, age_s = found
     assert 0 <= age_s < LIMIT_S
-    assert report.num_inspection_failures >= 1 and report.cache.fetch_failures == 1
-    assert report.cache.hits + report.cache.misses >= 5 and report.cache.adapters_resident == 3
-    events = server.take_policy_events()
-    assert len(events.waited) == report.queues.num_admissions
+    assert report.num_inspection_failures > before.num_inspection_failures
+    assert report.cache.fetch_failures == before.cache.fetch_failures + 1
+    lookups = [cache.hits + cache.misses for cache in (before.cache, report.cache)]
+    assert lookups[1] >= lookups[0] + 5 and report.cache.adapters_resident == 3
+    events = called.server.take_policy_events()
+    assert len(events.waited) == report.queues.num_admissions - before.queues.num_admissions
     assert {what for what, _ in events.seconds} == {"fetch", "load"}
 
 
-async def _check_tiers(served: Served, demo: DemoPaths) -> None:
+async def _check_tiers(called: Called, demo: DemoPaths) -> None:
     """The KV memory holds some of the demo's adapters and of one more, host memory all of them."""
     names = demo.adapter_names()
     for name in names:
-        assert (await served.answer(name))[0] == 200
-    await served.answer(None)  # its report says what the last adapter's step has done
-    await served.server.refresh_residency()
-    found = served.server.policy_report()
-    assert found is not None
-    counts = Counter(served.server.tiers.values())
-    assert counts == {Tier.GPU: found[0].cache.adapters_resident, Tier.HOST: len(names) + 1 - counts[Tier.GPU]}
+        assert (await called.answer(name))[0] == 200
+    await called.answer(None)  # its report says what the last adapter's step has done
+    await called.server.refresh_residency()
+    counts, num_resident = Counter(called.server.tiers.values()), called.report().cache.adapters_resident
+    assert counts == {Tier.GPU: num_resident, Tier.HOST: len(names) + 1 - num_resident}
     assert min(counts.values()) > 0
 
 
-async def _check_retirement(served: Served, demo: DemoPaths) -> None:
+async def _check_retirement(called: Called, demo: DemoPaths) -> None:
     """The engine, which has no requests, forgets all adapters but one."""
-    server, name = served.server, demo.adapter_names()[-1]
-    kept = served.record(name, demo.adapters / name).digest
+    server, name = called.server, demo.adapter_names()[-1]
+    kept = called.record(name, demo.adapters / name).digest
     async with asyncio.timeout(LIMIT_S):
         while not server.known == server.tiers.keys() == {kept}:  # The report comes with the step after.
             await server.retire(server.known - {kept})

@@ -1,26 +1,22 @@
 """Answers begun in one engine and gone on with in another, through vLLM's own OpenAI application."""
 
-import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from served_engine import ServedEngine
 from transformers import AutoTokenizer
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreRequest, FinishReason
 from vllm.v1.engine.output_processor import RequestState
 
 from chameleon_ray.adapters.record import AdapterRecord
-from chameleon_ray.config import AppConfig
 from chameleon_ray.demo import DemoPaths
 from chameleon_ray.engine.resuming import ResumeError, continued, replayed
-from chameleon_ray.engine.server import EngineServer
 from chameleon_ray.predictor.lengths import PREDICTED_TOKENS
 from chameleon_ray.progress import NO_PROGRESS, OutputStep, Progress, created_of, joined, with_created
 
-LIMIT_S = 300.0
 NUM_TOKENS = 24
 REQUEST_ID = "same-in-both"
 ADAPTER = "demo-r16-01"
@@ -29,21 +25,13 @@ MESSAGES = {"messages": [{"role": "user", "content": "Tell me a story."}]}
 PROMPT = {"prompt": "Once upon a time"}
 
 
-class Served:
-    """A started ``EngineServer`` and the requests that reach its engine."""
+class Called:
+    """Requests to the engine, as clients make them."""
 
-    def __init__(self, server: EngineServer, demo: DemoPaths) -> None:
-        self._server = server
+    def __init__(self, served: ServedEngine, demo: DemoPaths) -> None:
+        self._server, self.sent = served.server, served.sent
         self._folder = demo.adapters / ADAPTER
-        self.sent: list[Any] = []
-        core = server._engine.engine_core
-        send = core.add_request_async
-
-        async def spied(request: Any) -> None:
-            self.sent.append(request)
-            await send(request)
-
-        core.add_request_async = spied
+        self.tokenizer = AutoTokenizer.from_pretrained(demo.model)
 
     async def parts(
         self, path: str, earlier: Progress = NO_PROGRESS, adapter: bool = False, **fields: Any
@@ -86,17 +74,6 @@ class Served:
         return whole, made
 
 
-@asynccontextmanager
-async def serving(demo: DemoPaths) -> AsyncIterator[Served]:
-    engine = {"device": "cpu", "dtype": "float32", "max_model_len": 512, "kv_cache_gib": 0.06, "enforce_eager": True}
-    config = AppConfig.from_args({"model": {"source": str(demo.model), "name": "demo"}, "engine": engine})
-    server = await EngineServer.start(config)
-    try:
-        yield Served(server, demo)
-    finally:
-        server.shutdown()
-
-
 def answer_of(stream: bytes) -> tuple[str, Any, Any]:
     """What a stream amounts to, however its tokens are spread over events: text, last choice without it, usage."""
     choice, usage = last(stream)
@@ -126,56 +103,57 @@ def last(stream: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     return json.loads(choice)["choices"][0], json.loads(usage)["usage"]
 
 
-async def check_streams(served: Served) -> None:
-    whole, made = await served.check(COMPLETIONS, **PROMPT)
+async def check_streams(called: Called) -> None:
+    whole, made = await called.check(COMPLETIONS, **PROMPT)
     choice, usage = last(whole)
     assert choice["finish_reason"] == "length" and usage["completion_tokens"] == NUM_TOKENS == len(made.token_ids)
-    await served.check(COMPLETIONS, adapter=True, **PROMPT)
-    await served.check(CHAT, adapter=True, **MESSAGES)
-    await served.check(COMPLETIONS, min_tokens=20, echo=True, return_token_ids=True, **PROMPT)
+    await called.check(COMPLETIONS, adapter=True, **PROMPT)
+    await called.check(CHAT, adapter=True, **MESSAGES)
+    await called.check(COMPLETIONS, min_tokens=20, echo=True, return_token_ids=True, **PROMPT)
 
 
-async def check_stop_strings(served: Served) -> None:
+async def check_stop_strings(called: Called) -> None:
     """One that spans two tokens, and one token that ends the output."""
-    whole, made = await served.check(COMPLETIONS, **PROMPT)
-    pieces = texts(whole)
+    whole, made = await called.check(COMPLETIONS, **PROMPT)
+    pieces = [called.tokenizer.decode([token_id]) for token_id in made.token_ids]
+    assert "".join(pieces) == "".join(texts(whole))
     first = next(place for place in range(4, 18) if pieces[place].strip() and pieces[place + 1].strip())
     stop = pieces[first][-1] + pieces[first + 1][:1]
-    stopped, ended = await served.check(COMPLETIONS, stop=[stop], **PROMPT)
+    stopped, ended = await called.check(COMPLETIONS, stop=[stop], **PROMPT)
     choice, usage = last(stopped)
     assert choice["finish_reason"] == "stop" and choice["stop_reason"] == stop
     assert "".join(texts(stopped)) == "".join(pieces).partition(stop)[0]
     assert usage["completion_tokens"] == len(ended.token_ids) < NUM_TOKENS
-    await served.check(COMPLETIONS, stop=[stop], include_stop_str_in_output=True, **PROMPT)
-    stopped, _ = await served.check(COMPLETIONS, stop_token_ids=[made.token_ids[9]], **PROMPT)
+    await called.check(COMPLETIONS, stop=[stop], include_stop_str_in_output=True, **PROMPT)
+    stopped, _ = await called.check(COMPLETIONS, stop_token_ids=[made.token_ids[9]], **PROMPT)
     assert last(stopped)[0]["stop_reason"] == made.token_ids[9]
 
 
-async def check_whole_answers(served: Served) -> None:
-    ((content, _),) = await served.parts(COMPLETIONS, return_token_ids=True, **PROMPT)
+async def check_whole_answers(called: Called) -> None:
+    ((content, _),) = await called.parts(COMPLETIONS, return_token_ids=True, **PROMPT)
     undisturbed = json.loads(content)
-    streamed = await served.parts(COMPLETIONS, stream=True, **PROMPT)
+    streamed = await called.parts(COMPLETIONS, stream=True, **PROMPT)
     made = joined(progress for _, progress in streamed)
     earlier = Progress(made.prompt_digest, made.steps[:15])
-    ((content, rest),) = await served.parts(COMPLETIONS, earlier, return_token_ids=True, **PROMPT)
-    assert len(served.sent[-1].prompt_token_ids) == undisturbed["usage"]["prompt_tokens"] + len(earlier.token_ids)
+    ((content, rest),) = await called.parts(COMPLETIONS, earlier, return_token_ids=True, **PROMPT)
+    assert len(called.sent[-1].prompt_token_ids) == undisturbed["usage"]["prompt_tokens"] + len(earlier.token_ids)
     assert json.loads(content) | {"created": 0} == undisturbed | {"created": 0}
     assert rest.token_ids == []  # it has ended: nothing for others to go on with
 
 
-async def check_sampling(served: Served) -> None:
+async def check_sampling(called: Called) -> None:
     """What is sampled goes on from where it was, with what is left to make."""
     sampled = {"temperature": 1.0, "stream": True} | PROMPT
-    parts = await served.parts(COMPLETIONS, **sampled)
+    parts = await called.parts(COMPLETIONS, **sampled)
     made = joined(progress for _, progress in parts)
     earlier = Progress(made.prompt_digest, made.steps[:11])
-    resumed = await served.parts(COMPLETIONS, earlier, **sampled)
+    resumed = await called.parts(COMPLETIONS, earlier, **sampled)
     before = texts(b"".join(chunk for chunk, _ in parts))[:11]  # one event for each step
     assert texts(b"".join(chunk for chunk, _ in resumed))[:11] == before
     assert len(earlier.token_ids + joined(progress for _, progress in resumed).token_ids) == NUM_TOKENS
 
 
-async def check_obstacles(served: Served) -> None:
+async def check_obstacles(called: Called) -> None:
     cases = {
         "several choices": {"n": 2, "temperature": 1.0},
         "log-probabilities": {"logprobs": 1},
@@ -185,12 +163,12 @@ async def check_obstacles(served: Served) -> None:
         "several prompts": {"prompt": ["one", "two"]},
     }
     for obstacle, fields in cases.items():
-        parts = await served.parts(COMPLETIONS, stream=True, **(PROMPT | fields))
+        parts = await called.parts(COMPLETIONS, stream=True, **(PROMPT | fields))
         made = joined(progress for _, progress in parts)
         assert (made.obstacle, made.steps) == (obstacle, ()), obstacle
-    made = joined([progress for _, progress in await served.parts(COMPLETIONS, stream=True, **PROMPT)])
+    made = joined([progress for _, progress in await called.parts(COMPLETIONS, stream=True, **PROMPT)])
     other = Progress(b"of another prompt", made.steps[:5])
-    refused = b"".join([chunk for chunk, _ in await served.parts(COMPLETIONS, other, stream=True, **PROMPT)])
+    refused = b"".join([chunk for chunk, _ in await called.parts(COMPLETIONS, other, stream=True, **PROMPT)])
     assert b'"error"' in refused and b'"choices"' not in refused
 
 
@@ -256,21 +234,10 @@ def test_what_is_left_of_a_request() -> None:
     assert request.prompt_token_ids == [7, 8] and params.max_tokens == 10 and params.extra_args[PREDICTED_TOKENS] == 3
 
 
-def run(test: Callable[[], Awaitable[None]]) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(LIMIT_S):
-            await test()
-
-    asyncio.run(bounded())
-
-
+@pytest.mark.parametrize(
+    "check", [check_streams, check_stop_strings, check_whole_answers, check_sampling, check_obstacles]
+)
 def test_an_answer_goes_on_in_another_engine_as_if_nothing_had_happened(
-    demo: DemoPaths, subtests: pytest.Subtests
+    demo: DemoPaths, served: ServedEngine, check: Callable[[Called], Awaitable[None]]
 ) -> None:
-    async def test() -> None:
-        async with serving(demo) as served:
-            for check in (check_streams, check_stop_strings, check_whole_answers, check_sampling, check_obstacles):
-                with subtests.test(check.__name__):
-                    await check(served)
-
-    run(test)
+    served.run(lambda: check(Called(served, demo)))
