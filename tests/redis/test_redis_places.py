@@ -91,7 +91,8 @@ async def test_sentinel_fails_over(
         "sentinel down-after-milliseconds main 500\nsentinel failover-timeout main 2000\n"
     )
     with ExitStack() as stack:
-        stack.enter_context(running("--replicaof", "127.0.0.1", str(first.port), "--save", "", port=replica_port))
+        options = ("--replicaof", "127.0.0.1", str(first.port), "--save", "", "--dir", str(tmp_path))
+        stack.enter_context(running(*options, port=replica_port))
         replica = stack.enter_context(redis.Redis(port=replica_port))
         wait_until(lambda: replica.info("replication")["master_link_status"] == "up", "the replica follows")
         stack.enter_context(running(str(settings), "--sentinel", port=sentinel_port))
