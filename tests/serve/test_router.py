@@ -26,7 +26,7 @@ from chameleon_ray.router import AffinityRouter, request_router_config
 from chameleon_ray.routing.replica_load import ReplicaLoad
 
 HEARTBEAT_S = 0.1
-MAX_REPORT_AGE_S = 1.0
+MAX_REPORT_AGE_S = 5.0
 MAX_RUNNING = 16
 MAX_ONGOING = 32
 ANSWER_LIMIT_S = 30.0
@@ -129,7 +129,7 @@ def redis_server() -> Iterator[BundledRedis]:
 
 @pytest.fixture(scope="module")
 def redis(redis_server: BundledRedis) -> RedisConfig:
-    return RedisConfig(url=redis_server.url, key_prefix="test-router", heartbeat_s=HEARTBEAT_S, heartbeat_ttl_s=2.0)
+    return RedisConfig(url=redis_server.url, key_prefix="test-router", heartbeat_s=HEARTBEAT_S, heartbeat_ttl_s=5.0)
 
 
 def deploy(

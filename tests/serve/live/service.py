@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ import psutil
 import yaml
 from object_store import S3
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from chameleon_ray.demo import DemoPaths
 from chameleon_ray.redis_server import BundledRedis, free_port
@@ -28,6 +30,8 @@ ANSWER_LIMIT_S = 120.0
 FRESH_S = 3.0
 """Replicas report twice a second."""
 LAST_CHARACTERS = 6000
+METRICS_PERIOD_MS = 2000
+"""How often Ray's processes hand over their metrics; by default every 10 s."""
 OVERSIZED = "oversized"
 """A configured adapter that no engine here can hold."""
 
@@ -62,6 +66,21 @@ def test_config(demo: DemoPaths, redis_url: str, folder: Path, port: int) -> dic
 
 
 test_config.__test__ = False  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Every sample of one look at a Prometheus endpoint."""
+
+    found: Sequence[Sample]
+
+    def samples(self, name: str) -> list[tuple[Mapping[str, str], float]]:
+        """(labels, value) of every sample of that name."""
+        return [(one.labels, one.value) for one in self.found if one.name == name]
+
+    def total(self, name: str, **labels: str) -> float:
+        """Sum of the samples of that name that carry these labels."""
+        return sum(value for having, value in self.samples(name) if labels.items() <= having.items())
 
 
 class Service:
@@ -99,6 +118,7 @@ class Service:
         with self._log_path.open("wb") as log:
             # what the engine tests set for engines in their own process is not for this one
             environment = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "OMP_"))}
+            environment["RAY_metrics_report_interval_ms"] = str(METRICS_PERIOD_MS)
             self._process = subprocess.Popen(
                 command,
                 env=environment,
@@ -175,15 +195,18 @@ class Service:
         found = [process for process in replica.children(recursive=True) if _name(process).startswith("VLLM::")]
         return sorted(found, key=lambda process: "EngineCore" not in _name(process))
 
+    def metrics(self) -> "Metrics":
+        """What Ray's Prometheus endpoint says now."""
+        text = httpx.get(self.metrics_url, timeout=ANSWER_LIMIT_S).text
+        return Metrics([one for family in text_string_to_metric_families(text) for one in family.samples])
+
     def metric(self, name: str, **labels: str) -> float:
-        """Sum of the samples of that name on Ray's Prometheus endpoint that carry these labels."""
-        return sum(value for having, value in self.samples(name) if labels.items() <= having.items())
+        """See Metrics.total."""
+        return self.metrics().total(name, **labels)
 
     def samples(self, name: str) -> list[tuple[Mapping[str, str], float]]:
-        """(labels, value) of every sample of that name on Ray's Prometheus endpoint."""
-        text = httpx.get(self.metrics_url, timeout=ANSWER_LIMIT_S).text
-        families = text_string_to_metric_families(text)
-        return [(one.labels, one.value) for family in families for one in family.samples if one.name == name]
+        """See Metrics.samples."""
+        return self.metrics().samples(name)
 
     def load(self, name: str, path: str | Path, **more: Any) -> httpx.Response:
         """POST /v1/load_lora_adapter."""

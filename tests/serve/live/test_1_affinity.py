@@ -10,8 +10,7 @@ from live.calls import complete, concurrently, text_of
 from live.service import Service, wait_for
 
 NUM_REQUESTS = 300
-METRICS_LIMIT_S = 30.0
-"""Ray's processes hand over their metrics every 10 s."""
+METRICS_LIMIT_S = 60.0
 
 
 def holders(service: Service) -> dict[str, set[str]]:
@@ -30,7 +29,8 @@ def test_right_after_the_start_every_replica_has_on_disk_what_its_store_holds(se
     assert len(names) == 24, "the configured adapters were fetched and validated before the first report"
     refused = content_digest(Path(service.adapters_config["preload"][0]["uri"]))
     assert len(stored) == 25 and refused in stored, "what the engine refuses is in the store, and in no replica's tiers"
-    assert [replica["adapters"] for replica in service.placement()] == [dict.fromkeys(names, "disk")] * 2
+    on_disk = [dict.fromkeys(names, "disk")] * service.num_replicas
+    wait_for(lambda: [one["adapters"] for one in service.placement()] == on_disk, "placement says so before any use")
 
 
 def skewed(names: list[str], rng: Random) -> list[str]:
@@ -63,7 +63,8 @@ def test_skewed_traffic_keeps_adapters_on_few_replicas_and_the_load_balanced(ser
     reasons = {"resident", "host", "cold", "overload", "no_hint"}
 
     def decisions() -> dict[str, float]:
-        return {reason: service.metric("ray_chameleon_routing_decisions_total", reason=reason) for reason in reasons}
+        metrics = service.metrics()
+        return {reason: metrics.total("ray_chameleon_routing_decisions_total", reason=reason) for reason in reasons}
 
     wait_for(lambda: sum(decisions().values()) >= NUM_REQUESTS, "the decisions in the metrics", METRICS_LIMIT_S)
     assert sum(decisions().values()) == NUM_REQUESTS, decisions()
@@ -104,13 +105,13 @@ def test_metrics_show_what_happens(service: Service) -> None:
     )
     lookups = service.metric("ray_chameleon_routing_lookups_total")
     assert 0 <= service.metric("ray_chameleon_routing_hits_total") <= lookups
-    ages_s = [value for _, value in service.samples("ray_chameleon_placement_age_s")]
-    assert ages_s and 0 <= max(ages_s) < 5
     vllm_own = {"ray_vllm_num_requests_running", "ray_vllm_time_to_first_token_seconds_count"}
     vllm_own |= {"ray_vllm_kv_cache_usage_perc", "ray_vllm_lora_requests_info"}
 
     def are_shown() -> bool:
         text_of(complete(service, "demo-r8-00"))  # Ray shows a gauge for a while after it was set
-        return all(service.samples(name) for name in vllm_own)
+        metrics = service.metrics()
+        ages_s = [value for _, value in metrics.samples("ray_chameleon_placement_age_s")]
+        return bool(ages_s) and 0 <= max(ages_s) < 5 and all(metrics.samples(name) for name in vllm_own)
 
-    wait_for(are_shown, "vLLM's own metrics", METRICS_LIMIT_S, 0.5)
+    wait_for(are_shown, "gauges of the router, and vLLM's own metrics", METRICS_LIMIT_S, 0.5)
