@@ -217,8 +217,8 @@ class Launcher:
         url = f"http://127.0.0.1:{self._dashboard_port}/api/serve/applications/"
         try:
             answer = client.get(url, headers=self._dashboard_headers()).raise_for_status().json()
-        except (httpx.HTTPError, ValueError):
-            return  # the dashboard is not there yet; what is wrong with Ray itself shows elsewhere
+        except (httpx.HTTPError, ValueError, OSError):
+            return  # no dashboard yet, or no token for it; what is wrong with Ray itself shows elsewhere
         for name, application in (answer.get("applications") or {}).items():
             if application["status"] == "DEPLOY_FAILED":
                 messages = [one["message"] for one in application["deployments"].values() if one["message"]]

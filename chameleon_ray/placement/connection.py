@@ -42,11 +42,12 @@ class SentinelUrl:
         access, _, hosts = parts.netloc.rpartition("@")
         username, _, password = access.partition(":")
         service, _, db = parts.path.removeprefix("/").partition("/")
-        if scheme not in ("redis", "rediss") or not hosts or not service or (db and not db.isdecimal()):
+        sentinels = tuple(map(_address, hosts.split(",")))
+        if scheme not in ("redis", "rediss") or not all(sentinels) or not service or (db and not db.isdecimal()):
             raise ValueError("redis.url: write redis+sentinel://host[:port],host[:port]/service[/db]")
         options = {"db": int(db or 0), "username": unquote(username) or None, "password": unquote(password) or None}
         tls = {"ssl": scheme == "rediss"} | dict(parse_qsl(parts.query))
-        return SentinelUrl(tuple(map(_address, hosts.split(","))), service, options, tls)
+        return SentinelUrl(tuple(filter(None, sentinels)), service, options, tls)
 
 
 def sync_client(config: RedisConfig) -> redis.Redis:
@@ -82,9 +83,13 @@ def async_client(config: RedisConfig) -> "redis.asyncio.Redis":
     return client
 
 
-def _address(host: str) -> tuple[str, int]:
-    name, _, port = host.rpartition(":") if host.rpartition(":")[2].isdecimal() else (host, "", "")
-    return name.strip("[]"), int(port or SENTINEL_PORT)
+def _address(text: str) -> tuple[str, int] | None:
+    """Host and port; None for what is neither."""
+    try:
+        parts = urlsplit(f"//{text}")
+        return (parts.hostname, parts.port or SENTINEL_PORT) if parts.hostname else None
+    except ValueError:  # a port that is no number
+        return None
 
 
 def _url(config: RedisConfig) -> str:

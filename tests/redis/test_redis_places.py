@@ -124,6 +124,8 @@ def test_sentinel_urls() -> None:
     for wrong in (
         "redis+sentinel://a",
         "redis+sentinel:///main",
+        "redis+sentinel://a:port/main",
+        "redis+sentinel://a,/main",
         "redis+sentinel://a/main/x",
         "http+sentinel://a/main",
     ):

@@ -125,8 +125,8 @@ def test_warns_of_options(
         ("meta/Tiny-1B", False),
         ("/models/tiny-1b/", False),
         ("prod", False),
-        ("/root/.cache/hub/models--meta--Tiny-1B/snapshots/0e9e39f249a1/", False),
-        ("/root/.cache/hub/models--meta--Tiny-8B/snapshots/0e9e39f249a1/", True),
+        ("/cache/hub/models--meta--Tiny-1B/snapshots/0e9e39f249a1/", False),
+        ("/cache/hub/models--meta--Tiny-8B/snapshots/0e9e39f249a1/", True),
         ("meta/Tiny-8B", True),
     ],
 )
