@@ -465,6 +465,9 @@ class IngressConfig(_Section):
 
     num_replicas: PositiveInt = Field(default=1, description="number of ingress replicas (without `autoscaling`)")
     autoscaling: AutoscalingConfig | None = Field(default=None, description="scale between bounds instead")
+    max_per_node: PositiveInt | None = Field(
+        default=None, description="most ingress replicas on one node, so that no node takes all with it; default: any"
+    )
     num_cpus: Annotated[float, Field(ge=0)] = Field(
         default=0.5, description="CPUs that Ray reserves per ingress replica"
     )

@@ -69,6 +69,7 @@ def _ingress_deployment(config: AppConfig) -> Any:
         name="Ingress",
         ray_actor_options={"num_cpus": config.ingress.num_cpus},
         max_ongoing_requests=config.ingress.max_ongoing_requests,
+        max_replicas_per_node=config.ingress.max_per_node,
         graceful_shutdown_timeout_s=config.replicas.drain_timeout_s,
         **_scale(config.ingress),
     )(Ingress)

@@ -4,11 +4,18 @@ import json
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 
-from live.service import ANSWER_LIMIT_S, Service
+from live.service import ANSWER_LIMIT_S
+
+
+class Served(Protocol):
+    """An application that answers over HTTP."""
+
+    url: str
+    http: httpx.Client
 
 
 def completion(model: str, prompt: str | list[int] = "Once upon a time", max_tokens: int = 4, **more: Any) -> Any:
@@ -16,7 +23,7 @@ def completion(model: str, prompt: str | list[int] = "Once upon a time", max_tok
     return {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0} | more
 
 
-def complete(service: Service, model: str, **fields: Any) -> httpx.Response:
+def complete(service: Served, model: str, **fields: Any) -> httpx.Response:
     """A completion that is not streamed."""
     return service.http.post("/v1/completions", json=completion(model, **fields))
 
@@ -80,7 +87,7 @@ class Stream:
             self.usage = event.get("usage") or self.usage
 
 
-def stream(service: Service, body: Any, seen: Stream | None = None) -> Stream:
+def stream(service: Served, body: Any, seen: Stream | None = None) -> Stream:
     """A streamed completion, read to its end; ``seen`` grows meanwhile."""
     seen = seen or Stream()
     with service.http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
@@ -102,7 +109,7 @@ class Load:
     Each body is sent as it is, streamed or not, in turn. ``responses`` and ``streams`` grow as they end.
     """
 
-    def __init__(self, service: Service, bodies: list[Any], clients: int):
+    def __init__(self, service: Served, bodies: list[Any], clients: int):
         self._service = service
         self._bodies = bodies
         self._pool = ThreadPoolExecutor(clients)
