@@ -65,12 +65,14 @@ def _replica_deployment(config: AppConfig, replica_class: type[Replica]) -> Any:
 
 
 def _ingress_deployment(config: AppConfig) -> Any:
+    most = config.ingress.max_per_node
+    spread: dict[str, Any] = {} if most is None else {"max_replicas_per_node": most}
     return serve.deployment(
         name="Ingress",
         ray_actor_options={"num_cpus": config.ingress.num_cpus},
         max_ongoing_requests=config.ingress.max_ongoing_requests,
-        max_replicas_per_node=config.ingress.max_per_node,
         graceful_shutdown_timeout_s=config.replicas.drain_timeout_s,
+        **spread,
         **_scale(config.ingress),
     )(Ingress)
 

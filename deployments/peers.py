@@ -18,7 +18,8 @@ CHUNKS_AHEAD = 4
 
 
 class StoredFiles:
-    """Gives the adapters of its node's store to others: an actor beside each replica, which ends with it."""
+    """Gives the adapters of its node's store to others: an actor beside each replica, which ends with it. Ray starts it
+    again when it dies alone."""
 
     def __init__(self, config: AdaptersConfig) -> None:
         self._store = AdapterStore(Path(config.store_dir), config.store_max_bytes)
@@ -42,6 +43,7 @@ class NodePeers:
                 name=replica_id,
                 namespace=NAMESPACE,
                 num_cpus=0,
+                max_restarts=-1,
                 max_concurrency=config.fetch_concurrency,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
             )

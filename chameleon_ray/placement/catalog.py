@@ -148,6 +148,8 @@ class CatalogStore:
         seen = max(self._seen_version, self._memory().catalog_version)
         force = "1" if even_if_behind else "0"
         async with self._bounded():
+            # A server that hangs would carry out later what it is sent now, after the caller has heard that it failed.
+            await self._client.ping()
             outcome, stored = await self._write_script(
                 keys=self._catalog_keys(),
                 args=[self._keys.changes, secrets.token_hex(8), mode, name, record_json, seen, force],

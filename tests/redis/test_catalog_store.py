@@ -300,10 +300,12 @@ async def test_writes_to_a_killed_server_fail_at_once_and_work_again_after(make_
     assert (await store.put(record("sql"), replace=False)).version == 2
 
 
-async def test_writes_to_a_hanging_server_end_within_the_timeout(make_server, make_config, make_store):
+async def test_writes_to_a_hanging_server_end_within_the_timeout_and_are_not_done_later(
+    make_server, make_config, make_store
+):
     server = make_server()
     store = make_store(make_config(server).model_copy(update={"timeout_s": 1.0}))
-    await store.put(record("sql"), replace=False)
+    kept = await store.put(record("sql"), replace=False)
     os.kill(server.pid, signal.SIGSTOP)
     try:
         with pytest.raises(PlacementUnavailableError):
@@ -314,3 +316,4 @@ async def test_writes_to_a_hanging_server_end_within_the_timeout(make_server, ma
     written = await store.put(record("chat"), replace=False)
     assert written.name == "chat", "the late answer to the write before must not be taken for this one's"
     assert await store.lookup("chat") == written
+    assert await store.lookup("sql") == kept, "what has failed for its caller is not done later"
