@@ -18,12 +18,12 @@ from typing import Any, cast
 
 from tqdm import tqdm
 
+from benchmarks.engine import MIB, engine_environment
 from benchmarks.load_plot import load_pyplot
 from chameleon_ray.demo import DemoPaths
 from chameleon_ray.engine.paged.options import PagedSettings, paged_arguments
 from chameleon_ray.random_demo import make_random_demo
 
-MIB = 1 << 20
 KV_BYTES = 64 * MIB
 NUM_BURST, BURST_PROMPT_TOKENS, BURST_OUTPUT_TOKENS = 32, 300, 200
 """32 x 500 tokens of KV cache: all that the pool holds, and some of it is the adapter's that is in use."""
@@ -116,12 +116,7 @@ class _Engine:
 
 def run(json_path: Path | None = None, plot_path: Path | None = None) -> int:
     """Measure, print, draw; the exit status."""
-    os.environ |= {
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-    }
+    os.environ |= engine_environment(os.cpu_count() or 1) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     if plot_path is not None:
         load_pyplot()  # Before minutes are spent: it may be missing.
     demo = make_random_demo()

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from chameleon_ray.bench.engine import MIB, engine_arguments, engine_environment, prompts
+from benchmarks.engine import MIB, engine_arguments, engine_environment, prompts
 from chameleon_ray.random_demo import link_adapters, make_random_demo
 
 NUM_CHURNED, NUM_HELD = 100, 20

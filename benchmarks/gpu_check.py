@@ -157,7 +157,7 @@ def engine(mode: str, device: str) -> dict[str, Any]:
     from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from chameleon_ray.bench.engine import engine_arguments
+    from benchmarks.engine import engine_arguments
     from chameleon_ray.random_demo import make_random_demo
 
     demo = make_random_demo()

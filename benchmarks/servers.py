@@ -16,6 +16,7 @@ import httpx
 
 from chameleon_ray.bench.load.errors import LoadError
 from chameleon_ray.bench.load.targets import Target
+from chameleon_ray.engine.environment import cpu_environment
 from chameleon_ray.engine.paged.options import PagedSettings, paged_words
 from chameleon_ray.redis_server import free_port, tied
 
@@ -24,7 +25,7 @@ STOP_LIMIT_S = 15.0
 LAST_LINES = 30
 MODEL_NAME = "demo"
 STOCK_SLOTS = 8
-"""vLLM's adapter slots in memory where nothing else is asked for, as in ``bench engine``."""
+"""vLLM's adapter slots in memory where nothing else is asked for, as in ``engine.py``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +100,7 @@ def command(engine: Engine, machine: Machine, port: int) -> list[str]:
 @contextmanager
 def _process(words: Sequence[str], threads: int, log: Path) -> Iterator["subprocess.Popen[bytes]"]:
     """A command with all that it starts, which ends with the block whatever happens in it, and with this process."""
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": str(threads),
-        "VLLM_NO_USAGE_STATS": "1",
-    }
+    environment = os.environ | cpu_environment(threads) | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with log.open("wb") as output:
         # A session of its own: Ctrl-C reaches this process alone, which then ends everything in order.
         process = subprocess.Popen(

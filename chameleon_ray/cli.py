@@ -71,14 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     benches.add_parser(
         "serve", help="open-loop load on OpenAI-compatible servers, side by side", configure=_configure_bench_serve
     )
-    engine = benches.add_parser(
-        "engine", help="one engine: stock vLLM, its slots under our policy, adapters in KV memory, base"
-    )
-    engine.add_argument(
-        "--dtype", default="float32", help="of weights, activations and KV cache (default: float32, the demo's own)"
-    )
-    engine.add_argument("--prompt-tokens", type=int, default=16, help="length of the prompts (default: %(default)s)")
-    engine.set_defaults(run=_bench_engine)
     cold = benches.add_parser("cold", help="from a request to the first token of an adapter that nobody has seen")
     cold.add_argument(
         "--source",
@@ -96,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_simulations(commands)
     _add_training(commands)
-    for bench in (local, policy, engine, cold):
+    for bench in (local, policy, cold):
         bench.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     return parser
 
@@ -277,16 +269,6 @@ def _bench_policy(arguments: argparse.Namespace) -> int:
     from chameleon_ray.bench.policy import run
 
     return run(arguments.json)
-
-
-def _bench_engine(arguments: argparse.Namespace) -> int:
-    from chameleon_ray.bench.engine import run
-
-    try:
-        return run(arguments.json, dtype=arguments.dtype, prompt_tokens=arguments.prompt_tokens)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
 
 
 def _bench_cold(arguments: argparse.Namespace) -> int:

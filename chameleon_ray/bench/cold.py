@@ -28,9 +28,9 @@ from chameleon_ray.adapters.s3 import open_s3
 from chameleon_ray.adapters.sources import CONFIG_FILE, WEIGHTS_FILE, AdapterSource
 from chameleon_ray.adapters.store import AdapterStore
 from chameleon_ray.adapters.validate import Rules, validate_adapter
-from chameleon_ray.bench.engine import engine_environment, prompts
 from chameleon_ray.config import AdaptersConfig
 from chameleon_ray.demo import DemoPaths
+from chameleon_ray.engine.environment import cpu_environment
 from chameleon_ray.engine.paged.options import PagedSettings, paged_arguments
 from chameleon_ray.random_demo import make_random_demo
 
@@ -173,7 +173,11 @@ def _answer(demo: DemoPaths, fetched: dict[int, list[str]]) -> list[dict[str, fl
         task = json.dumps([str(demo.model), list(fetched.values())])
         command = [sys.executable, "-m", "chameleon_ray.bench.cold", task, result.name]
         print("starting an engine ...", flush=True)
-        subprocess.run(command, env=engine_environment(os.cpu_count() or 1), check=True)
+        subprocess.run(
+            command,
+            env=os.environ | cpu_environment(os.cpu_count() or 1) | {"VLLM_LOGGING_LEVEL": "WARNING"},
+            check=True,
+        )
         times: list[dict[str, float]] = json.load(result)
         return times
 
@@ -198,7 +202,7 @@ def _first_tokens(model: str, sizes: list[list[str]]) -> list[dict[str, float]]:
     params = SamplingParams(temperature=0.0, max_tokens=1)
 
     def first_token_s(lora: LoRARequest | None) -> float:
-        return _timed(lambda: llm.generate(prompts(1, 0), params, lora_request=lora, use_tqdm=False))[0]
+        return _timed(lambda: llm.generate("Hello", params, lora_request=lora, use_tqdm=False))[0]
 
     first_token_s(None)
     found = []

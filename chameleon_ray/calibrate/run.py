@@ -11,6 +11,7 @@ from typing import Any
 
 from chameleon_ray.calibrate.measured import CalibrationError, Effort, Measured
 from chameleon_ray.calibrate.report import cost_model, summary_lines
+from chameleon_ray.engine.environment import cpu_environment
 from chameleon_ray.sim.costs import load_cost_model
 
 _MIB, _GIB = 1 << 20, 1 << 30
@@ -116,13 +117,15 @@ def _engine(arguments: argparse.Namespace) -> Measured:
 
 def in_child(task: dict[str, Any], threads: int) -> Measured:
     """The measurements of a fresh process: vLLM reads its settings from the environment as it is imported."""
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": str(threads),
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    }
+    environment = (
+        os.environ
+        | cpu_environment(threads)
+        | {
+            "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        }
+    )
     with tempfile.TemporaryDirectory() as folder:
         given, result = Path(folder) / "task", Path(folder) / "result"
         given.write_bytes(pickle.dumps(task))

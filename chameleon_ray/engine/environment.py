@@ -9,15 +9,19 @@ SHORT_SPIN_S = 0.002
 """Longer than the pause between two steps of a busy engine, too short for others to notice."""
 
 
-def set_cpu_environment(engine: EngineConfig) -> None:
-    """Bound the compute threads of a CPU engine.
+def cpu_environment(threads: int) -> dict[str, str]:
+    """Environment variables of a CPU engine with so many compute threads.
 
     vLLM binds every engine's threads from core 0 upwards, so that several engines on one machine fight for the same
     cores: with a thread count given, binding is left to the operating system.
     """
+    return {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
+def set_cpu_environment(engine: EngineConfig) -> None:
+    """Bound the compute threads of a CPU engine."""
     if engine.cpu_threads is not None and engine.tensor_parallel_size == 1:
-        os.environ["OMP_NUM_THREADS"] = str(engine.cpu_threads)
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        os.environ |= cpu_environment(engine.cpu_threads)
 
 
 def usable_cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:

@@ -26,7 +26,7 @@ from chameleon_ray.policy.cache_types import (
 )
 from chameleon_ray.policy.eviction import POLICIES, UseHistory
 from chameleon_ray.policy.planning import Planner
-from chameleon_ray.policy.records import CacheEntry, Failure, State
+from chameleon_ray.policy.records import CacheEntry, State
 from chameleon_ray.policy.residency import Residency
 
 _NOT_TO_BE_MOVED = (State.RESIDENT, State.LOADING, State.FETCHING)
@@ -133,7 +133,7 @@ class AdapterCache(Residency):
             self._history.loaded(entry, now_s)
         for digest in plan.fetch:
             entry = self.entry(digest)
-            self.move(entry, (State.ABSENT, State.FAILED), State.FETCHING)
+            self.move(entry, (State.ABSENT,), State.FETCHING)
             self._history.touched(entry, now_s)
         self._loads += len(plan.load)
         self._prefetches += plan.num_prefetch
@@ -150,15 +150,11 @@ class AdapterCache(Residency):
         """The adapter's weights can be computed on: it is resident."""
         self.move(self.entry(digest), (State.LOADING,), State.RESIDENT)
 
-    def failed(self, digest: str, reason: str, now_s: float, *, is_permanent: bool = False) -> None:
-        """The fetch or load under way has failed: host copy and blocks are given back.
-
-        The adapter may be tried again after ``retry_after_s``, unless ``is_permanent``.
-        """
+    def failed(self, digest: str) -> None:
+        """The fetch or load under way has failed: host copy and blocks are given back."""
         entry = self.entry(digest)
         was_loading = entry.state is State.LOADING
-        failure = Failure(reason, None if is_permanent else now_s + self.config.retry_after_s)
-        self.move(entry, (State.FETCHING, State.LOADING), State.FAILED, failure)
+        self.move(entry, (State.FETCHING, State.LOADING), State.ABSENT)
         self._load_failures += was_loading
         self._fetch_failures += not was_loading
 

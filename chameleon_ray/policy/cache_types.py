@@ -40,7 +40,6 @@ class CacheConfig:
     adapter_host_bytes: most bytes of host copies, those being read included.
     adapter_policy: a name in ``POLICIES``. weights: of the ``chameleon`` policy.
     frequency_window_s: uses older than this do not count.
-    retry_after_s: pause before an adapter that failed is tried again.
     max_fetches: reads into host memory under way at once.
     prefetch: load adapters of queued requests into free blocks before the requests are admitted.
     prefetch_loads: loads in flight (of any kind) up to which one more is started ahead of time.
@@ -52,7 +51,6 @@ class CacheConfig:
     adapter_policy: str = "chameleon"
     weights: Weights = PAPER_WEIGHTS
     frequency_window_s: float = 300.0
-    retry_after_s: float = 5.0
     max_fetches: int = 4
     prefetch: bool = True
     prefetch_loads: int = 8
@@ -64,9 +62,8 @@ class CacheConfig:
         for name in ("max_blocks", "adapter_host_bytes", "frequency_window_s", "max_fetches", "prefetch_loads"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be more than 0, not {getattr(self, name)}")
-        for name in ("retry_after_s", "prefetch_pause_s"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        if not self.prefetch_pause_s >= 0:
+            raise ValueError(f"prefetch_pause_s must be 0 or more, not {self.prefetch_pause_s}")
 
     def check_size(self, num_blocks: int, size_bytes: int) -> None:
         """Raises AdapterTooLarge for an adapter that can never be resident."""

@@ -187,7 +187,7 @@ class Planner:
     ) -> tuple[list[str], list[str]]:
         """Rule 4: (host copies to drop for it, adapters to fetch)."""
         facts = self._facts
-        urgent = [entry for entry in needed if _fetchable(entry, now_s)]
+        urgent = [entry for entry in needed if entry.state is State.ABSENT]
         num_more = self._config.max_fetches - len(facts.fetching)
         kept = {entry.digest for entry in (*needed, *loads) if entry.state is State.HOST}.union(dropped)
 
@@ -219,7 +219,7 @@ class Planner:
                 fetches.append(entry.digest)
             return True
 
-        waiting = (entry for _, entry in facts.to_fetch.order if _fetchable(entry, now_s))
+        waiting = (entry for _, entry in facts.to_fetch.order)
         if all(fetch(entry, partial(last_resort, entry)) for entry in urgent):
             all(map(fetch, waiting))
         host.trim()
@@ -228,12 +228,6 @@ class Planner:
 
 def _first_short(needed: Sequence[CacheEntry], leaving: Collection[str]) -> str | None:
     return next((e.digest for e in needed if e.state is State.HOST or e.digest in leaving), None)
-
-
-def _fetchable(entry: CacheEntry, now_s: float) -> bool:
-    if entry.state is State.FAILED:
-        return entry.failure is not None and entry.failure.is_over(now_s)
-    return entry.state is State.ABSENT
 
 
 def _reason(for_kv: bool, share_bound: bool) -> EvictReason:

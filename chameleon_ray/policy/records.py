@@ -27,19 +27,6 @@ class State(StrEnum):
     HOST = "host"
     LOADING = "loading"
     RESIDENT = "resident"
-    FAILED = "failed"
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why an adapter could not be fetched or loaded, and from when on it may be tried again; None: never."""
-
-    reason: str
-    retry_at_s: float | None
-
-    def is_over(self, now_s: float) -> bool:
-        """Whether the adapter may be tried again."""
-        return self.retry_at_s is not None and now_s >= self.retry_at_s
 
 
 @dataclass(slots=True, eq=False)
@@ -60,7 +47,6 @@ class CacheEntry:
     state: State = State.ABSENT
     in_host: bool = False
     retired: bool = False
-    failure: Failure | None = None
     queued: dict[str, "QueuedRequest"] = field(default_factory=dict)
     running: dict[str, "QueuedRequest"] = field(default_factory=dict)
     use_counts: deque[tuple[int, int]] = field(default_factory=deque)
@@ -80,12 +66,12 @@ class CacheEntry:
 
     @property
     def tier(self) -> Tier:
-        """Where its weights can be used from; a failed adapter counts as absent, so that routers look elsewhere."""
+        """Where its weights can be used from."""
         if self.state is State.RESIDENT:
             return Tier.GPU
         if self.in_host:
             return Tier.HOST
-        return Tier.DISK if self.on_disk and self.state is not State.FAILED else Tier.ABSENT
+        return Tier.DISK if self.on_disk else Tier.ABSENT
 
 
 class Place(Enum):

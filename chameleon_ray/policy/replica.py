@@ -10,7 +10,7 @@ A driver owns the blocks and the clock; this decides. The life of a step:
 
 Between steps: ``arrive``, ``finish``, ``remove``, ``requeue``; ``make_room`` wherever KV memory is
 short; ``fetched``, ``loaded``, ``failed`` as the ordered work ends. All times are seconds on one
-clock of the driver. Misuse raises (``QueueError``, ``CacheError``, ``AdapterFailed``) and changes nothing.
+clock of the driver. Misuse raises (``QueueError``, ``CacheError``) and changes nothing.
 """
 
 from collections.abc import Collection, Mapping
@@ -28,15 +28,6 @@ from chameleon_ray.policy.room import BlockPool, Room
 IDLE_PLAN_INTERVAL_S = 0.05
 """How often to plan while nothing has happened: only loads ahead of time are at stake."""
 _NOTHING = Plan(version=-1)
-
-
-class AdapterFailed(Exception):
-    """The request's adapter could not be fetched or loaded a moment ago: refuse the request. retry_at_s: see
-    ``Failure``."""
-
-    def __init__(self, reason: str, retry_at_s: float | None) -> None:
-        super().__init__(reason)
-        self.retry_at_s = retry_at_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,27 +89,29 @@ class ReplicaPolicy:
         self.queues.adapter_moved(digest)
         self._changed = True
 
-    def failed(self, digest: str, reason: str, now_s: float, *, is_permanent: bool = False) -> tuple[str, ...]:
+    def failed(self, digest: str, now_s: float) -> tuple[str, ...]:
         """A fetch or load has failed: give back its host copy and blocks.
 
-        Returns the requests that wait for it: end them with an error and ``remove`` them.
+        Returns the requests that waited for it, which are removed: end them with an error. The next request for the
+        adapter has it fetched again; whether one may come is the driver's business.
         """
-        self.cache.failed(digest, reason, now_s, is_permanent=is_permanent)
+        waiting = tuple(self.cache.entry(digest).queued)
+        self.cache.failed(digest)
         self.queues.adapter_moved(digest)
+        for request_id in waiting:
+            self.remove(request_id, now_s)
         self._changed = True
-        return tuple(self.cache.entry(digest).queued) if self.cache.knows(digest) else ()
+        return waiting
 
     # Requests
 
     def arrive(self, request: QueuedRequest, now_s: float) -> bool:
         """A request arrives. Returns whether its adapter is resident (base model: always).
 
-        Raises AdapterFailed, UnknownAdapter, or QueueError for an id in use.
+        Raises UnknownAdapter, or QueueError for an id in use.
         """
         if request.adapter is not None:
             request.entry = self.cache.entry(request.adapter.digest)
-            if (failure := self.cache.failure(request.adapter.digest, now_s)) is not None:
-                raise AdapterFailed(failure.reason, failure.retry_at_s)
         self.queues.add(request, now_s)
         self._changed = True
         return request.entry is None or self.cache.count_request(request.entry, now_s)

@@ -6,7 +6,7 @@ An adapter is in one state:
                          |                   |                |                    |
                        fails               drop             fails                evict
                          v                   v                v                    v
-                       failed              absent           failed      host (copy kept) or absent
+                       absent              absent           absent      host (copy kept) or absent
 
 1. Blocks are held while it is loading or resident; host bytes from the start of a fetch until the copy is dropped, or
    the fetch or the load fails (what failed to load is not trusted: its host copy goes as well).
@@ -21,9 +21,7 @@ from collections.abc import Callable, Mapping
 
 from chameleon_ray.policy.adapter import Tier
 from chameleon_ray.policy.cache_types import CacheCorrupt, IllegalChange, UnknownAdapter
-from chameleon_ray.policy.records import CacheEntry, Failure, State
-
-_FETCHABLE = (State.ABSENT, State.FAILED)
+from chameleon_ray.policy.records import CacheEntry, State
 
 
 class Group(dict[str, CacheEntry]):
@@ -118,24 +116,19 @@ class Residency:
         """Digest -> tier of every known adapter, for placement."""
         return {digest: entry.tier for digest, entry in self.entries.items()}
 
-    def failure(self, digest: str, now_s: float) -> Failure | None:
-        """Why requests for the adapter are to be refused now; None when they are not. Raises UnknownAdapter."""
-        failure = self.entry(digest).failure
-        return failure if failure is not None and not failure.is_over(now_s) else None
-
     def update(self, entry: CacheEntry) -> None:
         """Take note that a record has changed, or the requests that want the adapter."""
         self.version += 1
         self._sort(entry)
-        if entry.digest in self.leavers and entry.state in _FETCHABLE:
+        if entry.digest in self.leavers and entry.state is State.ABSENT:
             self.leavers.sort(entry, False)
             self.entries.pop(entry.digest, None)
 
-    def move(self, entry: CacheEntry, before: tuple[State, ...], after: State, failure: Failure | None = None) -> None:
+    def move(self, entry: CacheEntry, before: tuple[State, ...], after: State) -> None:
         """Change the state. Raises IllegalChange unless it is one of ``before``."""
         if entry.state not in before:
             raise IllegalChange(f"adapter {entry.digest} is {entry.state}, not {' or '.join(before)}")
-        entry.state, entry.failure = after, failure
+        entry.state = after
         if after is not State.RESIDENT:
             entry.in_host = after in (State.HOST, State.LOADING)
         self.update(entry)
@@ -172,7 +165,6 @@ class Residency:
             arrivals = [request.arrival for request in entry.queued.values()]
             if (
                 (entry.running and entry.state is not State.RESIDENT)
-                or (entry.failure is not None) != (entry.state is State.FAILED)
                 or (entry.in_host != (entry.state in (State.HOST, State.LOADING)) and entry.state is not State.RESIDENT)
                 or arrivals != sorted(arrivals)
             ):
@@ -190,7 +182,7 @@ class Residency:
         self.loading.sort(entry, state is State.LOADING)
         self.leavers.sort(entry, entry.retired and not entry.wanted)
         self.to_load.sort(entry, state is State.HOST)
-        self.to_fetch.sort(entry, state in _FETCHABLE)
+        self.to_fetch.sort(entry, state is State.ABSENT)
 
     def _indices(self) -> tuple[object, ...]:
         groups = (self.idle, self.held, self.hosted, self.fetching, self.loading, self.leavers)

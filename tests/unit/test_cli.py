@@ -22,7 +22,7 @@ COMMANDS = (
     ["calibrate"],
     ["plan"],
     ["train-predictor"],
-    *(["bench", what] for what in ("local", "policy", "serve", "engine", "cold")),
+    *(["bench", what] for what in ("local", "policy", "serve", "cold")),
     *(["sim", what] for what in ("run", "schedulers", "cluster")),
 )
 LOADED_BY_HELP = """

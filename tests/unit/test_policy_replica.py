@@ -10,7 +10,7 @@ from chameleon_ray.policy.cache_types import CacheConfig, IllegalChange, Unknown
 from chameleon_ray.policy.disciplines import QueueOptions
 from chameleon_ray.policy.queues import QueueError
 from chameleon_ray.policy.records import QueuedRequest, State
-from chameleon_ray.policy.replica import AdapterFailed, ReplicaConfig, ReplicaPolicy
+from chameleon_ray.policy.replica import ReplicaConfig, ReplicaPolicy
 from chameleon_ray.policy.sizing import SizingOptions
 
 BLOCK_TOKENS = 10
@@ -279,22 +279,19 @@ def test_adapters_of_requests_that_wait_for_memory_do_not_chase_each_other_out()
     assert "small" in engine.settle(20.0)
 
 
-def test_failures_name_the_requests_to_end_and_refuse_others_until_the_retry():
-    engine = Engine(20, retry_after_s=5.0)
+def test_a_failure_ends_the_requests_that_waited_and_nothing_is_fetched_until_the_next_one():
+    engine = Engine(20)
     engine.add(a=2)
     engine.arrive("r1", "a")
+    engine.arrive("r2", "a")
     engine.arrive("base")
-    engine.step()
-    assert engine.policy.failed("a", "no such file", 1.0) == ("r1",)
+    assert engine.step() == ["base"]
+    assert engine.policy.failed("a", 1.0) == ("r1", "r2")
     engine.reading.clear()
-    engine.abort("r1", 1.0)
-    with pytest.raises(AdapterFailed, match="no such file") as failed:
-        engine.arrive("r2", "a", now_s=2.0)
-    assert failed.value.retry_at_s == 6.0
-    assert engine.policy.cache.failure("a", 2.0).reason == "no such file"
-    engine.arrive("r3", "a", now_s=6.0)
-    assert engine.settle(6.0) == ["r3"]
-    assert engine.policy.cache.failure("a", 6.0) is None
+    assert "r1" not in engine.policy.queues and engine.policy.num_waiting == 0
+    assert engine.step(100.0) == [] and not engine.reading
+    engine.arrive("r3", "a", now_s=101.0)
+    assert engine.settle(101.0) == ["r3"]
 
 
 def test_a_failed_load_gives_its_blocks_back():
@@ -305,12 +302,11 @@ def test_a_failed_load_gives_its_blocks_back():
     engine.complete()
     engine.step()
     assert engine.free_blocks() == 18
-    assert engine.policy.failed("a", "bad weights", 1.0) == ("r1",)
+    assert engine.policy.failed("a", 1.0) == ("r1",)
     engine.reading.clear()
     del engine.held["a"]
-    engine.abort("r1")
     engine.policy.check()
-    assert engine.policy.cache.tiers() == {"a": Tier.ABSENT}
+    assert engine.policy.cache.tiers() == {"a": Tier.DISK}
 
 
 def test_no_request_runs_on_an_adapter_that_has_left():

@@ -37,7 +37,7 @@ from chameleon_ray.policy.admission import Obstacle
 from chameleon_ray.policy.cache import AdapterCache
 from chameleon_ray.policy.cache_types import AdapterTooLarge, CacheCorrupt, Plan
 from chameleon_ray.policy.records import QueuedRequest, State
-from chameleon_ray.policy.replica import AdapterFailed, ReplicaPolicy
+from chameleon_ray.policy.replica import ReplicaPolicy
 from chameleon_ray.predictor.lengths import PREDICTED_TOKENS, HistoryPredictor, LengthFeatures, PredictionAccuracy
 
 logger = init_logger(__name__)
@@ -45,7 +45,6 @@ logger = init_logger(__name__)
 _ENDED_BY_ITSELF = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 _WAITS_FOR = {
     State.ABSENT: "fetch",
-    State.FAILED: "fetch",
     State.FETCHING: "fetch",
     State.HOST: "room",
     State.LOADING: "load",
@@ -405,9 +404,8 @@ class AdapterMemory:
         return self._known[digest]
 
     def _arrive(self, request_id: str) -> None:
-        """Queue a live request, at once or when its adapter has been inspected; or fail it."""
+        """Queue a live request, at once or when its adapter has been inspected."""
         self.num_changes += 1
-        now_s = self._clock()
         live = self._live[request_id]
         known, adapter = live.known, None
         if known is not None and known.summary is None:
@@ -418,12 +416,8 @@ class AdapterMemory:
             adapter = Adapter(known.digest, known.summary.rank, known.summary.size_bytes)
         predicted, request = self._predict(live), live.request
         queued = QueuedRequest(request_id, request.num_prompt_tokens, predicted, adapter, request.priority)
-        try:
-            self.policy.arrive(queued, now_s)
-        except AdapterFailed as error:
-            self._failed[request_id] = _refusal(str(error), error.retry_at_s, now_s)
-        else:
-            live.num_predicted_tokens = predicted
+        self.policy.arrive(queued, self._clock())
+        live.num_predicted_tokens = predicted
 
     def _predict(self, live: _Live) -> int:
         params = live.request.sampling_params
@@ -467,8 +461,7 @@ class AdapterMemory:
         reason = self._refused(known, reason)
         self.num_changes += 1
         self.num_inspection_failures += 1
-        retry_after_s = self._settings.retry_after_s if code == AdapterLoadError.code else None
-        self._failed |= dict.fromkeys(known.pending, Refusal(code, reason, retry_after_s))
+        self._failed |= dict.fromkeys(known.pending, self._refusal(code, reason))
         for answer, _ in known.inquiries:
             answer(Inspection(code=code, reason=reason))
         del self._known[known.digest]
@@ -546,25 +539,23 @@ class AdapterMemory:
                 self._loaded_bytes += known.summary.size_bytes * self._num_ranks
             (self.policy.fetched if what == "fetch" else self.policy.loaded)(known.digest)
             return
-        reason, now_s = self._refused(known, error.reason), self._clock()
-        retry_at_s = None if error.is_permanent else now_s + self._settings.retry_after_s
-        request_ids = self.policy.failed(known.digest, reason, now_s, is_permanent=error.is_permanent)
-        self._failed |= dict.fromkeys(request_ids, _refusal(reason, retry_at_s, now_s))
+        code = AdapterInvalidError.code if error.is_permanent else AdapterLoadError.code
+        refusal = self._refusal(code, self._refused(known, error.reason))
+        for request_id in self.policy.failed(known.digest, self._clock()):
+            self._live[request_id].num_predicted_tokens = 0
+            self._failed[request_id] = refusal
         if what == "load":
             self._give_back(known)
         self._orders.drop.append(known.number)  # Other ranks may have succeeded.
         self._forget_retired(known)
 
+    def _refusal(self, code: str, reason: str) -> Refusal:
+        return Refusal(code, reason, self._settings.retry_after_s if code == AdapterLoadError.code else None)
+
     def _refused(self, known: _Known, reason: str) -> str:
         reason = f"adapter {known.name!r} ({known.id.short}) cannot be used: {reason}"
         logger.error("%s", reason)
         return reason
-
-
-def _refusal(reason: str, retry_at_s: float | None, now_s: float) -> Refusal:
-    if retry_at_s is None:
-        return Refusal(AdapterInvalidError.code, reason)
-    return Refusal(AdapterLoadError.code, reason, retry_at_s - now_s)
 
 
 def _inspect(path: str, storage: Storage, max_rank: int) -> tuple[str, AdapterSummary]:

@@ -48,7 +48,7 @@ class PagedSettings:
     max_rank: adapters of a larger rank are refused; sizes scratch memory, costs no work.
     readers: background threads that read adapters, per rank.
     check_finite: refuse adapters with NaN or infinite weights; for those that nobody has looked at before.
-    retry_after_s: pause before an adapter that failed is tried again.
+    retry_after_s: what requests for an adapter that could not be read or loaded are told to wait.
     adapter_policy, frequency_weight, recency_weight, size_weight, frequency_window_s, prefetch: see
     ``policy.cache_types.CacheConfig``.
     scheduler: which waiting request runs next, a name in ``policy.disciplines.DISCIPLINES``.
@@ -110,7 +110,6 @@ class PagedSettings:
             adapter_policy=self.adapter_policy,
             weights=Weights(self.frequency_weight, self.recency_weight, self.size_weight),
             frequency_window_s=self.frequency_window_s,
-            retry_after_s=self.retry_after_s,
             max_fetches=2 * self.readers,
             prefetch=self.prefetch,
         )

@@ -1,9 +1,10 @@
 """One engine, no Ray: vLLM as it comes, its slots under our policy, adapters in KV memory, the base model alone.
 
 Each is a fresh engine in a process of its own, one after the other, with the same KV cache, prompts and output lengths.
-``chameleon bench engine`` prints tokens per second of each case.
+Printed: tokens per second of each case.
 """
 
+import argparse
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chameleon_ray.engine.environment import cpu_environment
 from chameleon_ray.engine.paged.options import PagedSettings, paged_arguments
 from chameleon_ray.engine.slots.options import slots_arguments
 from chameleon_ray.random_demo import link_adapters, make_random_demo
@@ -53,14 +55,12 @@ CASES = (
 """In this order on a fresh engine, so that the cold case is cold."""
 
 
-def run(json_path: Path | None, *, dtype: str = "float32", prompt_tokens: int = PROMPT_TOKENS) -> int:
-    """Measure and print; exit status 0.
+def run(json_path: Path | None, dtype: str, prompt_tokens: int) -> None:
+    """Measure and print.
 
     dtype: of weights, activations and KV cache; ``auto`` is vLLM's choice, bfloat16, which is slow on a CPU without
-    instructions for it. prompt_tokens: their length. Raises ValueError where no room is left for the answers.
+    instructions for it. prompt_tokens: their length.
     """
-    if not 0 < prompt_tokens <= MAX_MODEL_LEN - OUTPUT_TOKENS:
-        raise ValueError(f"prompts of {prompt_tokens} tokens: give 1 to {MAX_MODEL_LEN - OUTPUT_TOKENS}")
     threads = os.cpu_count() or 1
     demo = make_random_demo()
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +82,6 @@ def run(json_path: Path | None, *, dtype: str = "float32", prompt_tokens: int = 
     if json_path is not None:
         figures = {"rows": rows, "dtype": dtype, "threads": threads, "prompt_tokens": prompt_tokens}
         json_path.write_text(json.dumps(figures, indent=2) + "\n")
-    return 0
 
 
 def _ratios(row: dict[str, Any]) -> str:
@@ -92,20 +91,15 @@ def _ratios(row: dict[str, Any]) -> str:
 
 
 def engine_environment(threads: int) -> dict[str, str]:
-    """Of a process with a CPU engine of so many compute threads."""
-    return os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": str(threads),
-        "VLLM_LOGGING_LEVEL": "WARNING",
-    }
+    """More of it for a process with a CPU engine of so many compute threads."""
+    return cpu_environment(threads) | {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 
 
 def _child(task: list[Any], threads: int) -> dict[str, float]:
     with tempfile.NamedTemporaryFile("r", suffix=".json") as result:
-        command = [sys.executable, "-m", "chameleon_ray.bench.engine", json.dumps(task), result.name]
+        command = [sys.executable, "-m", "benchmarks.engine", "--child", json.dumps(task), result.name]
         print(f"running {task[0]} ...", flush=True)
-        subprocess.run(command, env=engine_environment(threads), check=True)
+        subprocess.run(command, env=os.environ | engine_environment(threads), check=True)
         measured: dict[str, float] = json.load(result)
         return measured
 
@@ -167,4 +161,15 @@ def _rates(mode: str, model: str, folders: list[str], dtype: str, prompt_tokens:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(_rates(*json.loads(sys.argv[1]))))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__)
+    parser.add_argument("--dtype", default="float32", help="of weights, activations and KV cache (%(default)s)")
+    parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS, help="length of the prompts (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    parser.add_argument("--child", nargs=2, metavar=("TASK", "FILE"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child is not None:
+        Path(given.child[1]).write_text(json.dumps(_rates(*json.loads(given.child[0]))))
+    elif not 0 < given.prompt_tokens <= MAX_MODEL_LEN - OUTPUT_TOKENS:
+        parser.error(f"prompts of {given.prompt_tokens} tokens: give 1 to {MAX_MODEL_LEN - OUTPUT_TOKENS}")
+    else:
+        run(given.json, given.dtype, given.prompt_tokens)
