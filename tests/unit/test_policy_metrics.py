@@ -184,12 +184,12 @@ def test_loads_under_way_and_failures_by_stage(series: Series) -> None:
     assert series("chameleon_adapter_loads_in_flight", stage="fetch") == 2
     engine.cache.fetched(first)
     engine.cache.commit(engine.cache.plan([first], 8, 0.0), 0.0)
-    engine.cache.failed(second, "gone", 0.0)
+    engine.cache.failed(second)
     engine.num_inspection_failures = 2
     published.publish(engine, engine.tiers)
     assert series("chameleon_adapter_loads_in_flight", stage="fetch") == 0
     assert series("chameleon_adapter_loads_in_flight", stage="load") == 1
-    engine.cache.failed(first, "no", 0.0)
+    engine.cache.failed(first)
     published.publish(engine, engine.tiers)
     stages = ("inspection", "fetch", "load")
     assert [series("chameleon_adapter_load_failures", stage=stage) for stage in stages] == [2, 1, 1]
