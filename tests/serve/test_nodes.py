@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from adapter_files import scaled_adapter
+from adapter_files import scaled_adapter, widened_adapter
 from live.calls import Load, Stream, completion, error_of, stream, text_of
 from live.service import test_config, wait_for
 from paced_engines import answer_of
@@ -21,13 +21,14 @@ from chameleon_ray.demo import DemoPaths
 from chameleon_ray.redis_server import BundledRedis
 
 START_LIMIT_S = 300.0
-NUM_LONG = 250
-"""Tokens of an answer that takes five seconds."""
+NUM_LONG = 400
+"""Tokens of an answer that takes eight seconds."""
 CLIENTS = 4
 TTL_S = 1.25
 """A quarter of the default, as are the other times around Redis."""
 HANG_S = 12 * TTL_S
 """A minute at the defaults."""
+WIDE_RANK = 256
 FILE_SERVER = "StoredFiles"
 """In the title of the process that gives a node's adapters to others."""
 
@@ -133,6 +134,38 @@ def test_a_node_that_dies_costs_no_request_of_another_one_and_a_new_one_takes_it
         assert text_of(application.other.http.post("/v1/completions", json=body)) == expected(body)
 
 
+def test_a_changed_option_is_deployed_under_load_and_costs_no_request(application: Application) -> None:
+    nodes, front = application.nodes, application.front
+    arguments = application.config["applications"][0]["args"]
+    before = {one["replica"] for one in front.placement()}
+    wide = widened_adapter(application.demo_adapters / "demo-r8-00", application.uploads / "wide", WIDE_RANK // 8)
+    assert str(WIDE_RANK) in error_of(application.load("wide", wide), 413)["message"]
+
+    short, long = application.bodies(8), application.bodies(NUM_LONG)
+    seen = [Stream() for _ in long]
+    with ThreadPoolExecutor(len(long)) as pool:
+        running = [pool.submit(stream, front, *one) for one in zip(long, seen, strict=True)]
+        wait_for(lambda: all(one.texts for one in seen), "all streams have begun", 60.0, 0.01)
+        with Load(front, [*short, *(body | {"stream": True} for body in short)], CLIENTS) as load:
+            wait_for(load.more(1), "an answer under load", 60.0, 0.01)
+            arguments["adapters"]["max_rank"] = WIDE_RANK
+            nodes.deploy(application.config)
+
+            def is_new() -> bool:
+                now = {one["replica"] for one in front.placement()}
+                return not now & before and nodes.is_running() and application.is_whole()
+
+            wait_for(is_new, "new replicas on both nodes", START_LIMIT_S, 0.25)
+            wait_for(load.more(2 * CLIENTS), "answers by them", 60.0)
+        for one in running:
+            one.result()
+    for one, body in zip(seen, long, strict=True):
+        assert (one.text, one.reasons, one.ended) == (expected(body), ["length"], "done")
+    assert_whole(load, short)
+    response = application.load("wide", wide)
+    assert response.status_code == 200, response.text
+
+
 def test_a_redis_that_hangs_stops_nothing_but_catalog_writes(application: Application) -> None:
     front, pid = application.front, application.redis.pid
     assert pid is not None
@@ -171,6 +204,7 @@ def test_a_new_node_fetches_ahead_from_another_one_whose_file_server_had_died(ap
     assert response.status_code == 200, response.text
     folder.rename(folder.with_name("away"))
 
+    wait_for(lambda: len(nodes.processes(HEAD, FILE_SERVER)) == 1, "the end of those of earlier replicas", 60.0)
     [server] = nodes.processes(HEAD, FILE_SERVER)
     server.kill()
     wait_for(lambda: {one.pid for one in nodes.processes(HEAD, FILE_SERVER)} - {server.pid}, "its successor", 60.0)
