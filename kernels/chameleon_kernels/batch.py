@@ -119,6 +119,11 @@ class LoraBatch:
         self.update(np.full(num_tokens, -1), ())
         self.for_capture = True
 
+    def reset(self) -> None:
+        """Describe a step of no tokens, whatever `meta` holds now: its memory was lost, as in an engine's sleep."""
+        self.meta.zero_()
+        self.update((), ())
+
     def segments(self) -> Iterator[tuple[torch.Tensor, AdapterRows]]:
         """(token indices as a view into `meta`, adapter) of every adapter in the step."""
         at = self._regions["tokens"][0]

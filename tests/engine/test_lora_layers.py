@@ -1,12 +1,15 @@
 """LoRA layers without slots, without an engine: what is traced of them, and which launches a step asks for."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from chameleon_kernels import BatchSpec, LoraBatch
 from chameleon_kernels.testing import make_batch, make_layer
 
 from chameleon_ray.engine.paged import lora
-from chameleon_ray.engine.paged.lora import PagedLinear
+from chameleon_ray.engine.paged.lora import PagedLinear, PagedWorkerLoRAManager
+from chameleon_ray.engine.paged.worker import PagedWorker, PlatformWorker
 
 
 def _add(linear: PagedLinear, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -43,3 +46,20 @@ def test_warm_up_steps_ask_for_the_launches_of_any_step_and_steps_without_adapte
     assert batch.for_capture and batch.num_tokens == 8 and batch.counts.tokens == 0
     batch.update([-1] * 4, ())
     assert not batch.for_capture and batch.num_segments == 0
+
+
+@pytest.mark.parametrize(("tags", "restores"), [(None, True), (["weights"], True), (["kv_cache"], False)])
+def test_a_worker_that_wakes_with_lost_memory_describes_the_next_step_anew(
+    monkeypatch: pytest.MonkeyPatch, tags: list[str] | None, restores: bool
+) -> None:
+    """What vLLM gives back after a sleep of level 2 is the model's own buffers; the kernels' locks must be zeros."""
+    layer = make_layer([8])
+    manager = object.__new__(PagedWorkerLoRAManager)
+    manager._batch, manager._seen = make_batch(layer, [0, -1, 0]), ((1, 0, 1), 7)
+    manager._batch.meta.fill_(1 << 40)
+    worker = object.__new__(PagedWorker)
+    worker.model_runner = SimpleNamespace(lora_manager=manager)
+    monkeypatch.setattr(PlatformWorker, "wake_up", lambda *_: None)
+    worker.wake_up(tags)
+    assert (manager._seen is None) == restores
+    assert bool(manager._batch.meta.any()) != restores and (manager._batch.num_segments == 0) == restores

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 
+from chameleon_ray.engine.slots.lora import SlotWorkerLoRAManager
+from chameleon_ray.engine.slots.worker import PlatformWorker, SlotsWorker
 from chameleon_ray.engine.slots_loading import ScaledLoRAModel
 
 LAYER = "model.layers.0"
@@ -91,3 +94,17 @@ def test_experts_come_whole_or_not_at_all(write: Write) -> None:
         load(write({name: rank for name, rank in whole.items() if "1.w2" not in name}), expected=EXPERTS)
     with pytest.raises(ValueError, match=r"ranks \[2, 4\]"):
         load(write(whole | {"mlp.experts.0.w1": 2}, rank_pattern={"0.w1": 2}), expected=EXPERTS)
+
+
+@pytest.mark.parametrize(("tags", "forgets"), [(None, True), (["weights"], True), (["kv_cache"], False)])
+def test_a_worker_that_wakes_with_lost_memory_describes_the_next_step_anew(
+    monkeypatch: pytest.MonkeyPatch, tags: list[str] | None, forgets: bool
+) -> None:
+    """vLLM leaves out a description that is like the last one, whatever has become of the memory it lay in."""
+    manager = object.__new__(SlotWorkerLoRAManager)
+    manager._adapter_manager = SimpleNamespace(_last_mapping="the last step's")
+    worker = object.__new__(SlotsWorker)
+    worker.model_runner = SimpleNamespace(lora_manager=manager)
+    monkeypatch.setattr(PlatformWorker, "wake_up", lambda *_: None)
+    worker.wake_up(tags)
+    assert (manager._adapter_manager._last_mapping is None) == forgets

@@ -159,6 +159,11 @@ class PagedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         self._batch.update(index - first, rows)
         self._seen = seen
 
+    def forget_step(self) -> None:
+        """Describe the next step anew, although it may be like the last one: device memory was lost meanwhile."""
+        self._batch.reset()
+        self._seen = None
+
     def _rows(self, adapter_id: int) -> AdapterRows:
         assert self._host is not None
         return self._host.resident[adapter_id]

@@ -92,6 +92,10 @@ class SlotWorkerLoRAManager(LRUCacheWorkerLoRAManager):
             )
         super().set_active_adapters(requests, mapping)
 
+    def forget_step(self) -> None:
+        """Describe the next step anew, although it may be like the last one: device memory was lost meanwhile."""
+        self._adapter_manager._last_mapping = None
+
     def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
         if not self.in_use:  # Warm-up: a request's adapter is in its slot before the request runs.
             super()._apply_adapters(lora_requests)

@@ -27,6 +27,12 @@ class SlotsWorker(PlatformWorker):
         lora.use_slots(self.model_runner)
         super().load_model(*args, **kwargs)
 
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """As vLLM's, which restores the model's weights; what its LoRA kernels read of a step lies beside them."""
+        super().wake_up(tags)
+        if tags is None or "weights" in tags:
+            self.model_runner.lora_manager.forget_step()
+
     @tells_starter
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)
