@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 PACKAGE = "chameleon_ray.engine.paged"
+CONNECTOR = "PagedConnector"
 SETTINGS_KEY = "chameleon"
 
 
@@ -143,7 +144,7 @@ def paged_arguments(settings: PagedSettings | None = None) -> dict[str, Any]:
         "scheduler_cls": f"{PACKAGE}.scheduler.ChameleonScheduler",
         "worker_cls": f"{PACKAGE}.worker.PagedWorker",
         "kv_transfer_config": {
-            "kv_connector": "PagedConnector",
+            "kv_connector": CONNECTOR,
             "kv_connector_module_path": f"{PACKAGE}.connector",
             "kv_role": "kv_both",
         },
@@ -159,6 +160,8 @@ def unsupported_reason(vllm_config: "VllmConfig") -> str | None:
     model, parallel, lora = vllm_config.model_config, vllm_config.parallel_config, vllm_config.lora_config
     if lora is None:
         return "LoRA is not enabled"
+    if (reason := foreign_connector(vllm_config, CONNECTOR)) is not None:
+        return reason
     kv_dtype = vllm_config.cache_config.cache_dtype
     # Reason -> whether it applies; every one has been read in vLLM 0.30, none is tried and seen to fail.
     reasons = {
@@ -176,6 +179,16 @@ def unsupported_reason(vllm_config: "VllmConfig") -> str | None:
         f"a KV cache in {kv_dtype} holds no {lora.lora_dtype} weights": kv_dtype not in ("auto", _name(model.dtype)),
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def foreign_connector(vllm_config: "VllmConfig", own: str) -> str | None:
+    """Why adapters cannot be moved if vLLM's KV connector is not ``own``, alone; None when it is.
+
+    Ours in a MultiConnector beside another one is not implemented: a step's orders and results would come wrapped, and
+    blocks that the other one still reads after a request would have to be kept from adapters.
+    """
+    found = vllm_config.kv_transfer_config and vllm_config.kv_transfer_config.kv_connector
+    return None if found == own else f"the KV connector is {found}: only without kv_transfer_config is it ours"
 
 
 def lift_slot_limits(vllm_config: "VllmConfig") -> None:

@@ -3,12 +3,13 @@
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from chameleon_ray.engine.paged.options import SETTINGS_KEY, PagedSettings
+from chameleon_ray.engine.paged.options import SETTINGS_KEY, PagedSettings, foreign_connector
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 PACKAGE = "chameleon_ray.engine.slots"
+CONNECTOR = "SlotsConnector"
 
 
 def slots_arguments(max_loras: int, max_lora_rank: int, settings: PagedSettings | None = None) -> dict[str, Any]:
@@ -18,7 +19,7 @@ def slots_arguments(max_loras: int, max_lora_rank: int, settings: PagedSettings 
         "scheduler_cls": f"{PACKAGE}.scheduler.SlotsScheduler",
         "worker_cls": f"{PACKAGE}.worker.SlotsWorker",
         "kv_transfer_config": {
-            "kv_connector": "SlotsConnector",
+            "kv_connector": CONNECTOR,
             "kv_connector_module_path": f"{PACKAGE}.connector",
             # Nothing is transferred. From a consumer vLLM holds freed blocks back for a step, and lets its clients send
             # embeddings of images.
@@ -42,4 +43,5 @@ def unsupported_reason(vllm_config: "VllmConfig") -> str | None:
         "the stages of a pipeline are not implemented": parallel.pipeline_parallel_size > 1,
         "context parallelism is not implemented": context_ranks > 1,
     }
-    return next((reason for reason, applies in reasons.items() if applies), None)
+    known = next((reason for reason, applies in reasons.items() if applies), None)
+    return known or foreign_connector(vllm_config, CONNECTOR)
