@@ -11,8 +11,8 @@ CONFIG ?= cluster_configs/local.yaml
 serve: setup demo ## start Ray and the demo application in the foreground
 	@exec $(BIN)/chameleon serve $(CONFIG)
 
-test: setup lint docs ## all tests, in two processes
-	@$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
+test: setup lint docs ## all tests
+	@$(BIN)/pytest
 
 unit: setup ## the tests that take seconds
 	@$(BIN)/pytest tests/unit tests/redis

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from safetensors.numpy import save_file
-from xdist.scheduler import LoadScopeScheduling
 
 from chameleon_ray.adapters.modules import Module, ModuleTable
 
@@ -30,21 +29,6 @@ settings.register_profile("certain", deadline=None, derandomize=True, suppress_h
 settings.load_profile("certain")
 
 WriteAdapter = Callable[..., Path]
-
-
-class SharingScheduling(LoadScopeScheduling):
-    """Which process of ``make test`` runs which tests: those that share a started engine, Redis or application run in
-    one, the unit tests file by file in whichever is free."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.split("::")[0]
-        folder = Path(file).parts[1]
-        return file if folder == "unit" else folder
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SharingScheduling:
-    return SharingScheduling(config, log)
 
 
 @pytest.fixture(autouse=True)

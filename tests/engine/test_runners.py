@@ -1,5 +1,5 @@
-"""What runs around our LoRA layers on GPUs, as far as a CPU can show it: tensor-parallel workers, vLLM's V2 model
-runner with our Triton kernels, the whole model as one compiled graph. The tokens are the model's own, adapters merged.
+"""What runs around our LoRA layers on GPUs, as far as a CPU can show it: vLLM's V2 model runner with our Triton kernels,
+the whole model as one compiled graph. The tokens are the model's own, adapters merged.
 """
 
 import json
@@ -11,12 +11,10 @@ from typing import Any
 
 import pytest
 import runner_driver
-from engine_harness import SETTINGS, PagedEngine, Reference
+from engine_harness import Reference
 
 from chameleon_ray.demo import DemoPaths
-from chameleon_ray.engine.slots.options import slots_arguments
 
-MODES: dict[str, dict[str, Any]] = {"paged": {}, "slots": slots_arguments(8, 128, SETTINGS)}
 NUM_TOKENS, PROMPTS = runner_driver.NUM_TOKENS, runner_driver.PROMPTS
 
 
@@ -33,22 +31,6 @@ def expected(adapters: list[str], reference: Reference) -> list[tuple[int, ...]]
     tokens = [reference.tokens(PROMPTS[i % 2], name, NUM_TOKENS) for i, name in enumerate([None, *adapters])]
     assert len(set(tokens)) >= len(adapters), "adapters must answer differently for these tests to say anything"
     return tokens
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_two_ranks_answer_as_one(
-    mode: str, demo: DemoPaths, adapters: list[str], expected: list[tuple[int, ...]]
-) -> None:
-    engine = PagedEngine(demo.model, tensor_parallel_size=2, distributed_executor_backend="mp", **MODES[mode])
-    try:
-        assert engine.memory._num_ranks == 2
-        requests = [
-            engine.add(PROMPTS[i % 2], name and engine.adapter(demo.adapters / name), NUM_TOKENS)
-            for i, name in enumerate([None, *adapters])
-        ]
-        assert [outcome.tokens for outcome in engine.finish(requests)] == expected
-    finally:
-        engine.close()
 
 
 def _driven(what: str, demo: DemoPaths, adapters: list[str], folder: Path) -> dict[str, Any]:
