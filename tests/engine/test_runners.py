@@ -1,5 +1,5 @@
-"""What runs around our LoRA layers on GPUs, as far as a CPU can show it: vLLM's V2 model runner with our Triton kernels,
-the whole model as one compiled graph. The tokens are the model's own, adapters merged.
+"""What runs around our LoRA layers on GPUs, as far as a CPU can show it: vLLM's V2 model runner with our kernels, the
+whole model as one compiled graph. The tokens are the model's own, adapters merged.
 """
 
 import json
