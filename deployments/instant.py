@@ -45,7 +45,21 @@ class InstantEngine:
         request_id: str | None = None,
         earlier: Progress = NO_PROGRESS,
     ) -> AsgiCall:
-        return AsgiCall(_generate, path, body)
+        return AsgiCall(self.generate, path, body)
+
+    async def generate(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        """vLLM's application as far as it is needed here."""
+        request = json.loads((await receive())["body"])
+        streamed, num_tokens = bool(request.get("stream")), int(request.get("max_tokens", 16))
+        media_type = b"text/event-stream; charset=utf-8" if streamed else b"application/json"
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", media_type)]})
+        if not streamed:
+            await send(body_part(completion(request["model"], " a" * num_tokens, "length")))
+            return
+        for position in range(num_tokens):
+            reason = "length" if position + 1 == num_tokens else None
+            await send(body_part(b"data: " + completion(request["model"], " a", reason) + b"\n\n"))
+        await send(body_part(b"data: [DONE]\n\n"))
 
     async def accept(self, record: AdapterRecord, folder: Path, *, whole: bool = False) -> None:
         self.tiers[record.digest] = Tier.GPU
@@ -104,25 +118,11 @@ def build(args: dict[str, Any]) -> Application:
     return application(args, InstantReplica)
 
 
-async def _generate(_scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
-    request = json.loads((await receive())["body"])
-    streamed, num_tokens = bool(request.get("stream")), int(request.get("max_tokens", 16))
-    media_type = b"text/event-stream; charset=utf-8" if streamed else b"application/json"
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", media_type)]})
-    if not streamed:
-        await send(_body(_completion(request["model"], " a" * num_tokens, "length")))
-        return
-    for position in range(num_tokens):
-        reason = "length" if position + 1 == num_tokens else None
-        await send(_body(b"data: " + _completion(request["model"], " a", reason) + b"\n\n"))
-    await send(_body(b"data: [DONE]\n\n"))
-
-
-def _completion(model: str, text: str, reason: str | None) -> bytes:
+def completion(model: str, text: str, reason: str | None) -> bytes:
     choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
     answer = {"id": "cmpl-0", "object": "text_completion", "created": 0, "model": model, "choices": [choice]}
     return json.dumps(answer).encode()
 
 
-def _body(content: bytes) -> Message:
+def body_part(content: bytes) -> Message:
     return {"type": "http.response.body", "body": content, "more_body": True}

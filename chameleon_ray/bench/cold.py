@@ -173,11 +173,8 @@ def _answer(demo: DemoPaths, fetched: dict[int, list[str]]) -> list[dict[str, fl
         task = json.dumps([str(demo.model), list(fetched.values())])
         command = [sys.executable, "-m", "chameleon_ray.bench.cold", task, result.name]
         print("starting an engine ...", flush=True)
-        subprocess.run(
-            command,
-            env=os.environ | cpu_environment(os.cpu_count() or 1) | {"VLLM_LOGGING_LEVEL": "WARNING"},
-            check=True,
-        )
+        quiet = {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+        subprocess.run(command, env=os.environ | cpu_environment(os.cpu_count() or 1) | quiet, check=True)
         times: list[dict[str, float]] = json.load(result)
         return times
 

@@ -10,13 +10,11 @@ from typing import Any
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from chameleon_ray.adapters.record import AdapterRecord
-from chameleon_ray.engine.asgi import AsgiCall, Message, Receive, Send
+from chameleon_ray.engine.asgi import Receive, Send
 from chameleon_ray.engine.launch import local_model_folder
-from chameleon_ray.progress import NO_PROGRESS, Progress
 from chameleon_ray.routing.replica_load import ReplicaLoad
 from deployments.app import application
-from deployments.instant import InstantEngine
+from deployments.instant import InstantEngine, body_part, completion
 from deployments.replica import Replica
 
 PAUSE_S = 0.02
@@ -37,22 +35,10 @@ class PacedEngine(InstantEngine):
         super().__init__(model_folder)
         self._num_running = 0
 
-    def call(
-        self,
-        path: str,
-        body: bytes,
-        model: str,
-        record: AdapterRecord | None,
-        folder: Path | None,
-        request_id: str | None = None,
-        earlier: Progress = NO_PROGRESS,
-    ) -> AsgiCall:
-        return AsgiCall(self._generate, path, body)
-
     def load(self) -> ReplicaLoad:
         return ReplicaLoad(num_running=self._num_running, max_num_seqs=64)
 
-    async def _generate(self, _scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+    async def generate(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         self._num_running += 1
         try:
             await _answer(json.loads((await receive())["body"]), send)
@@ -87,16 +73,8 @@ async def _answer(request: Mapping[str, Any], send: Send) -> None:
         await asyncio.sleep(PAUSE_S)
         if streamed:
             reason = "length" if position + 1 == num_tokens else None
-            await send(_body(b"data: " + _completion(model, f" {model}-{position}", reason) + b"\n\n"))
-    await send(_body(b"data: [DONE]\n\n" if streamed else _completion(model, answer_of(model, num_tokens), "length")))
+            await send(body_part(b"data: " + completion(model, f" {model}-{position}", reason) + b"\n\n"))
+    await send(
+        body_part(b"data: [DONE]\n\n" if streamed else completion(model, answer_of(model, num_tokens), "length"))
+    )
     await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def _completion(model: str, text: str, reason: str | None) -> bytes:
-    choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
-    answer = {"id": "cmpl-0", "object": "text_completion", "created": 0, "model": model, "choices": [choice]}
-    return json.dumps(answer).encode()
-
-
-def _body(content: bytes) -> Message:
-    return {"type": "http.response.body", "body": content, "more_body": True}

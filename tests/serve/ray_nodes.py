@@ -11,7 +11,7 @@ import httpx
 import psutil
 import pytest
 import ray
-from live.service import ANSWER_LIMIT_S, LAST_CHARACTERS
+from live.service import ANSWER_LIMIT_S, LAST_CHARACTERS, command_of
 from paced_engines import NODE_VARIABLE
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
@@ -85,7 +85,7 @@ class RayNodes:
             with suppress(psutil.NoSuchProcess):
                 root = psutil.Process(pid)
                 found += [root, *root.children(recursive=True)]
-        return [one for one in found if title in _command(one)]
+        return [one for one in found if title in command_of(one)]
 
     def kill(self, name: str) -> None:
         """All of a node's processes, at once and without warning."""
@@ -147,10 +147,3 @@ def running_nodes(folder: Path) -> Iterator[RayNodes]:
             yield nodes
         finally:
             nodes.stop()
-
-
-def _command(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):
-        return ""

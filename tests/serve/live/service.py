@@ -145,7 +145,7 @@ class Service:
         try:
             status = self._process.wait(STOP_LIMIT_S)
             psutil.wait_procs(list(self._seen), timeout=5.0)
-            names = [_name(process) for process in self._left()]
+            names = [command_of(process) for process in self._left()]
         finally:
             for process in self._left():
                 _kill(process)
@@ -188,12 +188,12 @@ class Service:
 
     def replica_processes(self) -> list[psutil.Process]:
         """The engine replicas' actor processes."""
-        return [process for process in self._descendants() if "ServeReplica:chameleon:Replica" in _name(process)]
+        return [process for process in self._descendants() if "ServeReplica:chameleon:Replica" in command_of(process)]
 
     def engine_processes(self, replica: psutil.Process) -> list[psutil.Process]:
         """The engine processes of a replica: EngineCore first, then its workers."""
-        found = [process for process in replica.children(recursive=True) if _name(process).startswith("VLLM::")]
-        return sorted(found, key=lambda process: "EngineCore" not in _name(process))
+        found = [process for process in replica.children(recursive=True) if command_of(process).startswith("VLLM::")]
+        return sorted(found, key=lambda process: "EngineCore" not in command_of(process))
 
     def metrics(self) -> "Metrics":
         """What Ray's Prometheus endpoint says now."""
@@ -218,7 +218,7 @@ class Service:
 
     def serve_logs(self) -> str:
         """The end of each of Serve's logs, for failures."""
-        names = " ".join(_name(process) for process in self._descendants())
+        names = " ".join(command_of(process) for process in self._descendants())
         logs = sorted(Path(session, "logs/serve") for session in set(re.findall(r"/tmp/ray/session_[\w-]+", names)))
         files = [file for folder in logs for file in sorted(folder.glob("*.log"))]
         return "\n".join(f"--- {file}\n{file.read_text(errors='replace')[-LAST_CHARACTERS:]}" for file in files)
@@ -250,7 +250,7 @@ def assert_gone(processes: list[psutil.Process], limit_s: float = 20.0) -> None:
     def have_ended() -> bool:
         return not any(_runs(process) for process in processes)
 
-    wait_for(have_ended, f"the end of {[_name(process) for process in processes]}", limit_s)
+    wait_for(have_ended, f"the end of {[command_of(process) for process in processes]}", limit_s)
 
 
 def _runs(process: psutil.Process) -> bool:
@@ -267,7 +267,7 @@ def _session(process: psutil.Process) -> int | None:
         return None
 
 
-def _name(process: psutil.Process) -> str:
+def command_of(process: psutil.Process) -> str:
     try:
         return " ".join(process.cmdline())
     except (psutil.NoSuchProcess, psutil.ZombieProcess):
