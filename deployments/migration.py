@@ -58,6 +58,8 @@ class MigratingRequest:
             except REPLICA_LOST as error:
                 logger.warning("a replica died or fell silent under a request: %r", error)
                 parts.cancel()  # type: ignore[no-untyped-call]
+                if self._sent.num_bytes > 0 and not self._request.is_streamed:
+                    return  # An answer that is no stream comes in one part.
                 self._migrate(error)
             except DifferentAnswerError as error:
                 logger.warning("another replica cannot go on with an answer: %s", error)

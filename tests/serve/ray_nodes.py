@@ -135,6 +135,7 @@ def running_nodes(folder: Path) -> Iterator[RayNodes]:
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
             "RAY_AUTH_MODE": "disabled",  # else a token is written into the home folder
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "600",  # A worker's patience without a head.
             "RAY_REDIS_ADDRESS": f"127.0.0.1:{gcs_redis.port}",
             "RAY_SERVE_WORKER_PROXY_HTTP_PORT": str(free_port()),
             "PYTHONPATH": os.pathsep.join([str(REPO), str(REPO / "tests/serve")]),

@@ -29,8 +29,9 @@ TTL_S = 1.25
 HANG_S = 12 * TTL_S
 """A minute at the defaults."""
 WIDE_RANK = 256
+INGRESS = "ServeReplica:chameleon:Ingress"
 FILE_SERVER = "StoredFiles"
-"""In the title of the process that gives a node's adapters to others."""
+"""In the titles of a node's ingress, and of the process that gives its adapters to others."""
 
 
 class Application:
@@ -46,9 +47,11 @@ class Application:
         self.store = Path(arguments["adapters"]["store_dir"])
 
     def is_whole(self) -> bool:
-        """Whether both nodes have a replica and a proxy, and all of them agree."""
+        """Whether both nodes have a replica, an ingress and a proxy, all of them agree, and Serve has no more to do."""
         whole = {"status": "ok", "redis": "connected", "replicas": 2}
-        return self.front.health() == whole == self.other.health() and len(self.placed_nodes()) == 2
+        if not self.front.health() == whole == self.other.health() or len(self.placed_nodes()) != 2:
+            return False
+        return all(self.nodes.processes(name, INGRESS) for name in (HEAD, WORKER)) and self.nodes.is_running()
 
     def placed_nodes(self) -> set[str]:
         """The nodes of the replicas that placement knows."""
@@ -153,7 +156,7 @@ def test_a_changed_option_is_deployed_under_load_and_costs_no_request(applicatio
 
             def is_new() -> bool:
                 now = {one["replica"] for one in front.placement()}
-                return not now & before and nodes.is_running() and application.is_whole()
+                return not now & before and application.is_whole()
 
             wait_for(is_new, "new replicas on both nodes", START_LIMIT_S, 0.25)
             wait_for(load.more(2 * CLIENTS), "answers by them", 60.0)
@@ -231,8 +234,7 @@ def test_the_application_outlives_its_head_and_a_new_head_takes_it_up(applicatio
             wait_for(load.more(4 * CLIENTS), "answers without a head", 120.0)
             wait_for(lambda: other.health().get("replicas") == 1, "placement forgets its replica", 60.0)
             nodes.start(HEAD)
-            wait_for(nodes.is_running, "Serve's controller", START_LIMIT_S, 0.25)
-            wait_for(application.is_whole, "a replica and a proxy on the new head", START_LIMIT_S, 0.25)
+            wait_for(application.is_whole, "the controller, a replica and a proxy on the new head", START_LIMIT_S, 0.25)
             wait_for(load.more(2 * CLIENTS), "answers with the new head", 60.0)
         for one in running:
             one.result()

@@ -104,6 +104,13 @@ def test_a_whole_answer_goes_on_from_its_tokens() -> None:
     assert [earlier.token_ids for earlier in calls.earlier] == [[], [1, 2, 3]]
 
 
+def test_a_whole_answer_that_has_come_needs_its_replica_no_more() -> None:
+    answer = Part(b'{"created":101}', step(2), AnswerHead(200, "application/json"))
+    calls = Calls([Part(progress=step(1)), answer, DEATH])
+    assert relayed(calls, is_streamed=False) == b'{"created":101}'
+    assert len(calls.earlier) == 1
+
+
 def test_what_cannot_go_on_begins_anew_only_before_its_first_part() -> None:
     obstacle = Progress(obstacle="log-probabilities")
     calls = Calls([Part(progress=obstacle), DEATH], [Part(event("a"), obstacle, HEAD)])

@@ -192,8 +192,8 @@ class Service:
 
     def engine_processes(self, replica: psutil.Process) -> list[psutil.Process]:
         """The engine processes of a replica: EngineCore first, then its workers."""
-        found = [process for process in replica.children(recursive=True) if command_of(process).startswith("VLLM::")]
-        return sorted(found, key=lambda process: "EngineCore" not in command_of(process))
+        cores = _spawned(replica)
+        return cores + [worker for core in cores for worker in _spawned(core)]
 
     def metrics(self) -> "Metrics":
         """What Ray's Prometheus endpoint says now."""
@@ -265,6 +265,16 @@ def _session(process: psutil.Process) -> int | None:
         return os.getsid(process.pid)
     except ProcessLookupError:
         return None
+
+
+def _spawned(parent: psutil.Process) -> list[psutil.Process]:
+    """Processes that vLLM has started. It gives them titles, but they keep their command line where that is not to be
+    found from their environment, as after a change of its first variable."""
+    try:
+        children = parent.children()
+    except psutil.NoSuchProcess:
+        return []
+    return [child for child in children if any(part in command_of(child) for part in ("VLLM::", "spawn_main"))]
 
 
 def command_of(process: psutil.Process) -> str:

@@ -139,8 +139,10 @@ def test_an_adapter_too_large_for_the_engines_is_refused_and_harms_nothing(servi
         text_of(response)
     assert [service.engine_processes(replica) for replica in service.replica_processes()] == engines
     digest = content_digest(Path(preload["uri"]))
-    failed = [digest in replica["failed"] for replica in service.placement()]
-    assert not any(failed), "nobody can ask for it: nothing of it is kept"
+    wait_for(  # A report may have been made while it was being refused.
+        lambda: not any(digest in replica["failed"] for replica in service.placement()),
+        "nobody can ask for it: nothing of it is kept",
+    )
 
 
 def test_file_uri(service: Service, upload: Path) -> None:
