@@ -111,7 +111,7 @@ def test_a_replica_that_dies_costs_no_answer_and_comes_back(
     wait_for(lambda: page.text("#status").startswith("2 of 2 replicas answer"), "both replicas on the page")
     found = wait_for(families, "as many replicas with engines as there should be", WHOLE_LIMIT_S, 1.0)
     wait_idle(service)
-    idle_s = [cpu_s(worker) for *_, worker in found]
+    idle_s = [cpu_s(worker) for *_, worker in found]  # Adapters may all be on one replica, and then requests are.
     seen = [Stream() for _ in undisturbed]
     with ExitStack() as clients:
         pool = clients.enter_context(ThreadPoolExecutor(2 * len(seen) + 1))
@@ -120,11 +120,10 @@ def test_a_replica_that_dies_costs_no_answer_and_comes_back(
         wholes = [pool.submit(service.http.post, "/v1/completions", json=whole_of(body)) for body in long(service)]
         body = completion(service.base, max_tokens=NUM_LONG, temperature=1.0, ignore_eos=True)
         sampled = pool.submit(stream, service, body)
-        load = clients.enter_context(Load(service, mixed(service), CLIENTS))
         wait_for(lambda: all(len(one.texts) > 5 for one in seen), "all streams have begun", 60.0, 0.01)
-        wait_for(load.more(1), "an answer under load", 60.0, 0.01)
-        # Adapters may all be on one replica, and then requests are.
         family = max(zip(found, idle_s, strict=True), key=lambda one: cpu_s(one[0][-1]) - one[1])[0]
+        load = clients.enter_context(Load(service, mixed(service), CLIENTS))
+        wait_for(load.more(1), "an answer under load", 60.0, 0.01)
         victim(service, family[0]).send_signal(signal.SIGKILL)
         assert_gone(family)
         wait_for(lambda: "left: it reports no more" in page.text("#log"), "the death on the page")
