@@ -46,6 +46,7 @@ FIRST_CHOICE = "pirate"
 SETTINGS = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",  # HAProxy in front of the ingress instead of a Python proxy
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",  # gRPC between actors, no extra threads
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # else Serve's logs stay empty until the 1,000th line or an error
     "RAY_SERVE_QUEUE_LENGTH_CACHE_TIMEOUT_S": "3600",  # no probes of replicas that had no request for 10 s: we count
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",  # no load balancer in front that would have to notice
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # one node: Ray's own ports on loopback where it has a choice

@@ -41,6 +41,13 @@ def skewed(names: list[str], rng: Random) -> list[str]:
     return rng.sample(drawn, len(drawn))
 
 
+def test_the_logs_say_what_happens_when_it_happens(service: Service) -> None:
+    """Also after vLLM has configured logging, and no matter how few lines there are."""
+    assert service.serve_logs().count("the engine is ready after") == service.num_replicas
+    text_of(complete(service, service.base))
+    wait_for(lambda: "POST /v1/completions 200" in service.serve_logs(), "the request in Serve's log")
+
+
 def test_skewed_traffic_keeps_adapters_on_few_replicas_and_the_load_balanced(service: Service) -> None:
     assert not holders(service), "adapters have been loaded before this test: run it on a fresh application"
     wanted = skewed(service.adapter_names(), Random(7))
